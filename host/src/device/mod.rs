@@ -1,0 +1,1 @@
+//! Devices: memory, launches and linear layers, on CUDA or on the CPU.

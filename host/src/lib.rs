@@ -1,0 +1,17 @@
+//! Lockstep's library. Dependencies point down only:
+//!
+//! | module | what it does | knows nothing of |
+//! | --- | --- | --- |
+//! | [`server`] | HTTP, JSON, server-sent events (the only place that names hyper and tokio) | tensors, pages |
+//! | [`text`] | tokenizer, chat template, incremental detokenizer | devices, HTTP |
+//! | [`engine`] | requests, the step loop on its own thread | text, HTTP |
+//! | [`model`] | configuration, weights, the transformer | requests |
+//! | [`ops`] | one safe function per kernel: checks shapes, chooses the grid, launches | models |
+//! | [`device`] | memory, launches and linear layers on CUDA or on the CPU executor | everything above |
+
+pub mod device;
+pub mod engine;
+pub mod model;
+pub mod ops;
+pub mod server;
+pub mod text;

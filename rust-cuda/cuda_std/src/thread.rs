@@ -1,0 +1,97 @@
+//! Where the calling thread is, and the barrier of its block.
+//!
+//! Blocks are one-dimensional; grids have three dimensions.
+
+#[cfg(target_arch = "nvptx64")]
+macro_rules! special_register {
+    ($name:literal) => {{
+        let value: u32;
+        // SAFETY: reads a special register; no memory, no side effect.
+        unsafe {
+            core::arch::asm!(concat!("mov.u32 {}, %", $name, ";"), out(reg32) value, options(pure, nomem, nostack));
+        }
+        value
+    }};
+}
+
+macro_rules! index_function {
+    ($(#[$doc:meta])* $name:ident, $register:literal, $cpu:expr) => {
+        $(#[$doc])*
+        #[inline(always)]
+        #[must_use]
+        pub fn $name() -> u32 {
+            #[cfg(target_arch = "nvptx64")]
+            {
+                special_register!($register)
+            }
+            #[cfg(not(target_arch = "nvptx64"))]
+            {
+                $cpu
+            }
+        }
+    };
+}
+
+index_function!(
+    /// The thread's index in its block.
+    thread_idx_x, "tid.x", crate::cpu::thread_idx()
+);
+index_function!(
+    /// Threads in a block.
+    block_dim_x, "ntid.x", crate::cpu::block_dim()
+);
+index_function!(
+    /// The block's first index in the grid.
+    block_idx_x, "ctaid.x", crate::cpu::block_idx()[0]
+);
+index_function!(
+    /// The block's second index in the grid.
+    block_idx_y, "ctaid.y", crate::cpu::block_idx()[1]
+);
+index_function!(
+    /// The block's third index in the grid.
+    block_idx_z, "ctaid.z", crate::cpu::block_idx()[2]
+);
+index_function!(
+    /// Blocks in the grid's first dimension.
+    grid_dim_x, "nctaid.x", crate::cpu::grid_dim()[0]
+);
+index_function!(
+    /// Blocks in the grid's second dimension.
+    grid_dim_y, "nctaid.y", crate::cpu::grid_dim()[1]
+);
+
+/// The thread's index in its warp, 0 to 31.
+#[inline(always)]
+#[must_use]
+pub fn lane_id() -> u32 {
+    thread_idx_x() & 31
+}
+
+/// The warp's index in its block.
+#[inline(always)]
+#[must_use]
+pub fn warp_id() -> u32 {
+    thread_idx_x() >> 5
+}
+
+/// The thread's index in the grid's first dimension.
+#[inline(always)]
+#[must_use]
+pub fn index_1d() -> u64 {
+    u64::from(block_idx_x()) * u64::from(block_dim_x()) + u64::from(thread_idx_x())
+}
+
+/// The barrier: no thread of the block passes before every thread of the block has arrived, and what they
+/// wrote to shared and global memory before it is visible to the block after it.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub fn sync_threads() {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: a barrier; the default memory clobber orders the surrounding accesses.
+    unsafe {
+        core::arch::asm!("bar.sync 0;", options(nostack));
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    crate::cpu::sync_threads();
+}
