@@ -394,6 +394,15 @@ impl Device {
         }
     }
 
+    /// The library behind [`linear`](Self::linear), with its version: part of a fingerprint.
+    #[must_use]
+    pub fn linear_library(&self) -> String {
+        match self {
+            Self::Cpu(_) => "f32 FMA chain".to_owned(),
+            Self::Cuda(device) => device.linear_library(),
+        }
+    }
+
     /// Who computes linear layers on CUDA; [`LinearBackend::CublasLt`] stands for `Device::linear` on the CPU.
     #[must_use]
     pub fn linear_backend(&self) -> LinearBackend {
