@@ -34,9 +34,22 @@ pub enum OutputType {
 }
 
 mod sealed {
-    pub trait Sealed {}
-    impl Sealed for f32 {}
-    impl Sealed for half::bf16 {}
+    pub trait Sealed {
+        /// What is written for a sum.
+        fn from_sum(sum: f32) -> Self;
+    }
+
+    impl Sealed for f32 {
+        fn from_sum(sum: f32) -> Self {
+            sum
+        }
+    }
+
+    impl Sealed for half::bf16 {
+        fn from_sum(sum: f32) -> Self {
+            cuda_std::bf16::f32_to_bf16(sum)
+        }
+    }
 }
 
 /// Elements that a linear layer can write: `f32` and `bf16`.

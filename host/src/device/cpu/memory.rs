@@ -79,6 +79,18 @@ impl Memory {
         self.pointer.as_ptr().expose_provenance() as u64
     }
 
+    /// The memory as words; the rest after the last whole word is left out.
+    pub(super) fn words(&self) -> &[u32] {
+        // SAFETY: owned, aligned to 64, initialised by `new`; borrowed shared.
+        unsafe { std::slice::from_raw_parts(self.pointer.as_ptr().cast(), self.layout.size() / size_of::<u32>()) }
+    }
+
+    /// The memory as words, to write.
+    pub(super) fn words_mut(&mut self) -> &mut [u32] {
+        // SAFETY: as above; borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer.as_ptr().cast(), self.layout.size() / size_of::<u32>()) }
+    }
+
     pub(in crate::device) fn device(&self) -> DeviceId {
         self.shared.id()
     }

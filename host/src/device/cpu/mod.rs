@@ -36,6 +36,8 @@ pub struct Cpu {
     shared: Arc<Shared>,
     pool: Pool,
     failure: Mutex<Option<DeviceError>>,
+    /// The input of a linear layer as f32.
+    scratch: Mutex<Vec<f32>>,
 }
 
 /// What memory needs of its device.
@@ -45,6 +47,10 @@ pub(super) struct Shared {
 }
 
 impl Shared {
+    fn new(memory_limit_bytes: Option<u64>) -> Self {
+        Self { tracker: MemoryTracker::default(), memory_limit_bytes }
+    }
+
     fn id(self: &Arc<Self>) -> DeviceId {
         Arc::as_ptr(self).addr()
     }
@@ -75,8 +81,8 @@ impl Cpu {
         let threads = if options.threads == 0 { cores } else { options.threads };
         let pool = Pool::new(threads)
             .map_err(|error| DeviceError::InvalidDevice(format!("{threads} threads cannot be started: {error}")))?;
-        let shared = Shared { tracker: MemoryTracker::default(), memory_limit_bytes: options.memory_limit_bytes };
-        Ok(Self { shared: Arc::new(shared), pool, failure: Mutex::new(None) })
+        let shared = Arc::new(Shared::new(options.memory_limit_bytes));
+        Ok(Self { shared, pool, failure: Mutex::new(None), scratch: Mutex::new(Vec::new()) })
     }
 
     pub(super) fn id(&self) -> DeviceId {
@@ -188,7 +194,8 @@ impl Cpu {
             weight.packed.as_ref().filter(|packed| packed.device() == self.id()).ok_or_else(|| {
                 DeviceError::InvalidParameter("the weight was prepared for another device".to_owned())
             })?;
-        packed.multiply(&self.pool, values(x), m, values_mut(out));
+        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        packed.multiply(&self.pool, &mut scratch, values(x), m, values_mut(out));
         Ok(())
     }
 }
@@ -220,4 +227,9 @@ fn values<'a, T: Element>(slice: Slice<'a, T>) -> &'a [T] {
 fn values_mut<'a, T: Element>(slice: SliceMut<'a, T>) -> &'a mut [T] {
     // SAFETY: as for `values`, and the view borrows its part exclusively.
     unsafe { std::slice::from_raw_parts_mut(with_exposed_provenance_mut(slice.address() as usize), slice.len()) }
+}
+
+#[cfg(test)]
+fn test_pool(threads: usize) -> Pool {
+    Pool::new(threads).unwrap()
 }
