@@ -19,6 +19,8 @@ macro_rules! buffer_type {
             length: usize,
             #[cfg(not(target_arch = "nvptx64"))]
             shadow: *const cpu::Shadow,
+            #[cfg(not(target_arch = "nvptx64"))]
+            shadow_offset: usize,
             _memory: PhantomData<&'a T>,
         }
 
@@ -44,7 +46,8 @@ macro_rules! buffer_type {
                 Self {
                     pointer: arg.address as *mut T,
                     length: arg.length as usize,
-                    shadow: arg.shadow,
+                    shadow: cpu::active_shadow(arg.shadow),
+                    shadow_offset: arg.shadow_offset as usize,
                     _memory: PhantomData,
                 }
             }
@@ -108,7 +111,7 @@ macro_rules! readable {
                 #[cfg(not(target_arch = "nvptx64"))]
                 {
                     self.check(index, 1);
-                    cpu::global_read(self.shadow, index * size_of::<T>(), size_of::<T>());
+                    cpu::global_read(self.shadow, self.shadow_offset + index * size_of::<T>(), size_of::<T>());
                 }
                 // SAFETY: inside the buffer, by this function's contract; valid by the constructor's.
                 unsafe { self.pointer.add(index).read() }
@@ -144,7 +147,7 @@ macro_rules! readable {
                     let bytes = N * size_of::<T>();
                     // SAFETY: inside the buffer; the address is only compared.
                     cpu::check_alignment(unsafe { self.pointer.add(index) } as usize, bytes);
-                    cpu::global_read(self.shadow, index * size_of::<T>(), bytes);
+                    cpu::global_read(self.shadow, self.shadow_offset + index * size_of::<T>(), bytes);
                     // SAFETY: inside the buffer, by the check above.
                     unsafe { self.pointer.add(index).cast::<[T; N]>().read_unaligned() }
                 }
@@ -162,7 +165,7 @@ macro_rules! writable {
             pub fn set(&self, index: usize, value: T) {
                 self.check(index, 1);
                 #[cfg(not(target_arch = "nvptx64"))]
-                cpu::global_write(self.shadow, index * size_of::<T>(), size_of::<T>());
+                cpu::global_write(self.shadow, self.shadow_offset + index * size_of::<T>(), size_of::<T>());
                 // SAFETY: checked just above; valid by the constructor's contract.
                 unsafe { self.pointer.add(index).write(value) }
             }
@@ -184,7 +187,7 @@ macro_rules! writable {
                     let bytes = N * size_of::<T>();
                     // SAFETY: inside the buffer; the address is only compared.
                     cpu::check_alignment(unsafe { self.pointer.add(index) } as usize, bytes);
-                    cpu::global_write(self.shadow, index * size_of::<T>(), bytes);
+                    cpu::global_write(self.shadow, self.shadow_offset + index * size_of::<T>(), bytes);
                     // SAFETY: inside the buffer, by the check above.
                     unsafe { self.pointer.add(index).cast::<[T; N]>().write_unaligned(values) }
                 }
@@ -264,7 +267,7 @@ impl InOut<'_, u32> {
         }
         #[cfg(not(target_arch = "nvptx64"))]
         {
-            cpu::global_atomic(self.shadow, index * 4, 4);
+            cpu::global_atomic(self.shadow, self.shadow_offset + index * 4, 4);
             // SAFETY: inside the buffer; all concurrent accesses to it are atomic by the kernel's contract.
             unsafe { core::sync::atomic::AtomicU32::from_ptr(self.pointer.add(index)) }
                 .fetch_add(value, core::sync::atomic::Ordering::Relaxed)

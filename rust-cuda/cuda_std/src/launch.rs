@@ -76,6 +76,8 @@ pub struct BufferArg {
     pub length: u64,
     /// What the executor knows of it in checked mode; null otherwise and on a GPU.
     pub shadow: *const cpu::Shadow,
+    /// Where the buffer starts in the shadow's allocation, in bytes.
+    pub shadow_offset: u64,
 }
 
 /// An argument of a launch.

@@ -1,4 +1,43 @@
 //! The SIMT executor: runs kernels on the CPU.
+//!
+//! | file | what it holds |
+//! | --- | --- |
+//! | `executor` | [`Executor`]: launches, in fast or in checked mode |
+//! | `pool` | the worker threads over which blocks are spread |
+//! | `worker` | the scheduler of a block's threads on one OS thread |
+//! | `fiber` | coroutines that run the threads |
+//! | `block` | the block's state; barriers, shuffles, tensor-core rendezvous |
+//! | `mma` | the tensor-core product itself |
+//! | `memory` | shared memory; accesses to it and to buffers |
+//! | `checks`, `history`, `shadow` | checked mode: races, unwritten memory, asynchronous copies |
+//! | `random` | the seeded order |
+//! | `buffer` | [`Buffer`]: memory for tests of kernels |
+//! | `fault` | [`Fault`]: why a launch failed |
+
+use std::panic::Location;
+
+pub use buffer::{Buffer, Slice};
+pub use executor::Executor;
+pub use fault::{Action, Fault, FaultKind, Site};
+pub(crate) use memory::{
+    active_shadow, async_commit, async_copy, async_wait, check_alignment, dynamic_shared, global_atomic, global_read,
+    global_write, out_of_bounds, shared_atomic, shared_read, shared_write, static_shared,
+};
+pub use shadow::Shadow;
+
+mod block;
+mod buffer;
+mod checks;
+mod executor;
+mod fault;
+mod fiber;
+mod history;
+mod memory;
+mod mma;
+mod pool;
+mod random;
+mod shadow;
+mod worker;
 
 /// Which memory an access is to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -9,85 +48,52 @@ pub enum Space {
     Shared,
 }
 
-/// What checked mode knows of a buffer.
-#[derive(Debug)]
-pub struct Shadow {}
-
+#[inline(always)]
 pub(crate) fn thread_idx() -> u32 {
-    unimplemented!()
+    fiber::current(|c| c.thread.get())
 }
+
+#[inline(always)]
 pub(crate) fn block_dim() -> u32 {
-    unimplemented!()
+    let (_, block) = block::running();
+    // SAFETY: the block of the running thread; a plain read.
+    unsafe { (*block).threads }
 }
+
+#[inline(always)]
 pub(crate) fn block_idx() -> [u32; 3] {
-    unimplemented!()
+    let (_, block) = block::running();
+    // SAFETY: as above.
+    unsafe { (*block).index }
 }
+
+#[inline(always)]
 pub(crate) fn grid_dim() -> [u32; 3] {
-    unimplemented!()
+    let (_, block) = block::running();
+    // SAFETY: as above.
+    unsafe { (*block).grid.blocks }
 }
+
+#[inline(always)]
 #[track_caller]
 pub(crate) fn sync_threads() {
-    unimplemented!()
+    block::meet_block(Location::caller());
 }
+
+#[inline(always)]
 #[track_caller]
 pub(crate) fn sync_warp() {
-    unimplemented!()
+    block::sync_warp(Location::caller());
 }
+
+#[inline(always)]
 #[track_caller]
-pub(crate) fn warp_exchange<R>(_value: u32, _read: impl FnOnce(&[u32; 32], usize) -> R) -> R {
-    unimplemented!()
+pub(crate) fn warp_exchange<R>(value: u32, read: impl FnOnce(&[u32; 32], usize) -> R) -> R {
+    block::exchange(value, Location::caller(), read)
 }
+
+#[inline(always)]
 #[track_caller]
-pub(crate) fn mma_m16n8k16_bf16(_a: [u32; 4], _b: [u32; 2], _c: [f32; 4]) -> [f32; 4] {
-    unimplemented!()
-}
-#[track_caller]
-pub(crate) fn out_of_bounds(_space: Space, _index: usize, _count: usize, _length: usize) -> ! {
-    unimplemented!()
-}
-#[track_caller]
-pub(crate) fn check_alignment(_address: usize, _bytes: usize) {
-    unimplemented!()
-}
-#[track_caller]
-pub(crate) fn global_read(_shadow: *const Shadow, _offset: usize, _bytes: usize) {
-    unimplemented!()
-}
-#[track_caller]
-pub(crate) fn global_write(_shadow: *const Shadow, _offset: usize, _bytes: usize) {
-    unimplemented!()
-}
-#[track_caller]
-pub(crate) fn global_atomic(_shadow: *const Shadow, _offset: usize, _bytes: usize) {
-    unimplemented!()
-}
-#[track_caller]
-pub(crate) fn dynamic_shared(_offset: usize, _bytes: usize) -> u32 {
-    unimplemented!()
-}
-#[track_caller]
-pub(crate) fn static_shared(_bytes: usize) -> u32 {
-    unimplemented!()
-}
-#[track_caller]
-pub(crate) fn shared_read<V: Copy>(_offset: usize) -> V {
-    unimplemented!()
-}
-#[track_caller]
-pub(crate) fn shared_write<V: Copy>(_offset: usize, _value: V) {
-    unimplemented!()
-}
-#[track_caller]
-pub(crate) fn shared_atomic<V: Copy>(_offset: usize, _update: impl FnOnce(V) -> V) -> V {
-    unimplemented!()
-}
-#[track_caller]
-pub(crate) fn async_copy<V: Copy>(_offset: usize, _value: V) {
-    unimplemented!()
-}
-pub(crate) fn async_commit() {
-    unimplemented!()
-}
-pub(crate) fn async_wait(_pending: usize) {
-    unimplemented!()
+pub(crate) fn mma_m16n8k16_bf16(a: [u32; 4], b: [u32; 2], c: [f32; 4]) -> [f32; 4] {
+    block::product(a, b, c, Location::caller())
 }

@@ -1,0 +1,142 @@
+//! Who used which byte: what race detection remembers.
+//!
+//! Kernels order their accesses by barriers alone, and a barrier orders everything of its block (or warp) before it
+//! with everything after it. So two accesses are ordered exactly when one thread made both, or a barrier that both
+//! threads take part in was passed between them, which two counters tell; and few accesses per byte are enough to
+//! find a conflict with any later one (see [`Cell::keep`]).
+
+use std::panic::Location;
+
+use super::fault::Action;
+
+/// One access by one thread.
+#[derive(Clone, Copy)]
+pub(super) struct Access {
+    /// The line; none in an empty slot.
+    pub(super) location: Option<&'static Location<'static>>,
+    /// The block's number in the grid.
+    pub(super) block: u32,
+    /// Block barriers that the block had passed.
+    pub(super) epoch: u32,
+    /// Warp barriers that the warp had passed.
+    pub(super) warp_epoch: u32,
+    pub(super) thread: u16,
+    pub(super) action: Action,
+}
+
+impl Access {
+    const NONE: Self = Self { location: None, block: 0, epoch: 0, warp_epoch: 0, thread: 0, action: Action::Read };
+
+    fn same_warp(&self, other: &Self) -> bool {
+        self.block == other.block && self.thread / 32 == other.thread / 32
+    }
+
+    /// Does `self` come before `later` in every run? (It did in this one.)
+    fn before(&self, later: &Self) -> bool {
+        self.block == later.block
+            && (self.thread == later.thread
+                || self.epoch < later.epoch
+                || (self.same_warp(later) && self.warp_epoch < later.warp_epoch))
+    }
+
+    fn conflicts(&self, later: &Self) -> bool {
+        self.location.is_some() && !self.before(later)
+    }
+}
+
+/// What is known of a granule of memory.
+#[derive(Clone, Copy)]
+struct Cell {
+    writer: Access,
+    readers: [Access; 2],
+    atomics: [Access; 2],
+}
+
+impl Cell {
+    const EMPTY: Self = Self { writer: Access::NONE, readers: [Access::NONE; 2], atomics: [Access::NONE; 2] };
+
+    fn record(&mut self, access: Access) -> Result<(), Access> {
+        let against: &[&[Access]] = match access.action {
+            Action::Read => &[&[self.writer], &self.atomics],
+            Action::Atomic => &[&[self.writer], &self.readers],
+            _ => &[&[self.writer], &self.readers, &self.atomics],
+        };
+        if let Some(&earlier) = against.iter().flat_map(|set| set.iter()).find(|earlier| earlier.conflicts(&access)) {
+            return Err(earlier);
+        }
+        match access.action {
+            Action::Read => Self::keep(&mut self.readers, access),
+            Action::Atomic => Self::keep(&mut self.atomics, access),
+            _ => *self = Self { writer: access, ..Self::EMPTY },
+        }
+        Ok(())
+    }
+
+    /// Adds an access to a set in which none conflicts with another. Two suffice when they are as far apart as
+    /// possible: of two in different warps, any later thread is unordered with at least one that it did not make
+    /// itself, until a block barrier orders all; of two blocks, any thread at all.
+    fn keep(set: &mut [Access; 2], access: Access) {
+        for slot in set.iter_mut() {
+            if slot.location.is_none() || slot.before(&access) {
+                *slot = Access::NONE;
+            }
+        }
+        if let Some(slot) = set.iter_mut().find(|slot| slot.location.is_none()) {
+            *slot = access;
+        } else if set[0].same_warp(&set[1]) || (set[0].block == set[1].block && access.block != set[0].block) {
+            set[1] = access;
+        }
+    }
+}
+
+const PAGE_BYTES: usize = 1024;
+
+struct Page {
+    stamp: u64,
+    /// A cell is for `1 << shift` bytes. Pages start coarse and are split when a smaller access comes, so that
+    /// neighbours never share a cell.
+    shift: u32,
+    cells: Vec<Cell>,
+}
+
+impl Page {
+    fn split(&mut self, shift: u32) {
+        let copies = 1 << (self.shift - shift);
+        self.cells = self.cells.iter().flat_map(|&cell| std::iter::repeat_n(cell, copies)).collect();
+        self.shift = shift;
+    }
+}
+
+/// The accesses to one memory. Costs 30 to 120 bytes for each byte used.
+pub(super) struct History {
+    pages: Vec<Option<Page>>,
+}
+
+impl History {
+    pub(super) fn new(bytes: usize) -> Self {
+        Self { pages: std::iter::repeat_with(|| None).take(bytes.div_ceil(PAGE_BYTES)).collect() }
+    }
+
+    /// Records an access in the launch (or block) `stamp`, which begins with nothing remembered. Fails with the byte
+    /// and the earlier access that conflicts. `start + bytes` is inside the memory.
+    pub(super) fn record(&mut self, stamp: u64, start: usize, bytes: usize, access: Access) -> Result<(), (usize, Access)> {
+        let end = start + bytes;
+        let fits = (start | bytes).trailing_zeros().min(2);
+        let mut position = start;
+        while position < end {
+            let page = self.pages[position / PAGE_BYTES].get_or_insert_with(|| Page { stamp, shift: 2, cells: Vec::new() });
+            if page.stamp != stamp || page.cells.is_empty() {
+                page.stamp = stamp;
+                page.shift = fits;
+                page.cells.clear();
+                page.cells.resize(PAGE_BYTES >> fits, Cell::EMPTY);
+            } else if page.shift > fits {
+                page.split(fits);
+            }
+            let cell = &mut page.cells[position % PAGE_BYTES >> page.shift];
+            cell.record(access).map_err(|earlier| (position, earlier))?;
+            position += 1 << page.shift;
+        }
+        Ok(())
+    }
+}
