@@ -11,10 +11,6 @@ fn main() -> ExitCode {
     let folder = |name| env::var_os(name).map(PathBuf::from).unwrap_or_default();
     let (root, out_dir) = (folder("CARGO_MANIFEST_DIR"), folder("OUT_DIR"));
     let builder = workspace::builder(&root, workspace::work_folder(&out_dir));
-    for path in builder.watched() {
-        println!("cargo::rerun-if-changed={}", path.display());
-    }
-    println!("cargo::rerun-if-env-changed=LOCKSTEP_DEVICE_RUSTC");
     let built = match builder.build() {
         Ok(built) => built,
         Err(error) => {
@@ -22,6 +18,11 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    // After a failure cargo runs this again anyway, and prints only the error.
+    for path in builder.watched() {
+        println!("cargo::rerun-if-changed={}", path.display());
+    }
+    println!("cargo::rerun-if-env-changed=LOCKSTEP_DEVICE_RUSTC");
     if let Some(reason) = built.compiled {
         println!("cargo::warning=GPU kernels: {reason}");
     }

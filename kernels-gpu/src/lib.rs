@@ -13,6 +13,7 @@
 //! | `bias_add`, `rotary`, `kv_write` | between the QKV layer and attention |
 //! | `attention` | the definition; `attention_prefill` and `attention_decode` meet it |
 //! | `residual_add`, `silu_mul` | around the feed-forward layers |
+//! | `gather_rows` | the rows whose logits are needed |
 //! | `penalties`, `temperature`, `argmax`, `sample`, `log_probs` | from logits to a token (`rank`, `philox`: their parts) |
 #![cfg_attr(target_arch = "nvptx64", no_std)]
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch))]
@@ -27,6 +28,7 @@ pub mod attention_decode;
 pub mod attention_prefill;
 pub mod bias_add;
 pub mod embedding;
+pub mod gather_rows;
 pub mod kv_write;
 pub mod linear;
 pub mod log_probs;
@@ -55,6 +57,7 @@ pub const KERNELS: &[&cuda_std::launch::KernelDesc] = &[
     attention_prefill::attention_prefill_128::KERNEL,
     bias_add::bias_add::KERNEL,
     embedding::embedding::KERNEL,
+    gather_rows::gather_rows::KERNEL,
     kv_write::kv_write::KERNEL,
     linear::linear_bf16::KERNEL,
     linear::linear_f32::KERNEL,

@@ -74,7 +74,7 @@ fn chain(
 /// - grid (ceil(N / 64), ceil(M / 32)); a warp makes 16 outputs for 32 tokens.
 /// - bytes: 2 (N K + M K) + 4 M N, weights once per 32 tokens.
 /// - the caller: `width` = K is a multiple of 16.
-#[kernel(block = 128)]
+#[kernel(block = 128, min_blocks = 1)]
 pub fn linear_f32(x: In<bf16>, weight: In<bf16>, out: Out<f32>, tokens: u32, outputs: u32, width: u32) {
     chain(x, weight, tokens as usize, outputs as usize, width as usize, |m, n, sum| {
         out.set(m * outputs as usize + n, sum);
@@ -82,7 +82,7 @@ pub fn linear_f32(x: In<bf16>, weight: In<bf16>, out: Out<f32>, tokens: u32, out
 }
 
 /// The tensor-core chain with the result rounded to bf16: otherwise as [`linear_f32`].
-#[kernel(block = 128)]
+#[kernel(block = 128, min_blocks = 1)]
 pub fn linear_bf16(x: In<bf16>, weight: In<bf16>, out: Out<bf16>, tokens: u32, outputs: u32, width: u32) {
     chain(x, weight, tokens as usize, outputs as usize, width as usize, |m, n, sum| {
         out.set(m * outputs as usize + n, f32_to_bf16(sum));

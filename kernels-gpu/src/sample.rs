@@ -129,7 +129,7 @@ impl Selection {
 /// - a block does one row.
 /// - bytes: 4 per element for the draw alone; up to 8 times that for each of top-k and top-p (mostly from cache).
 /// - the caller: `vocab` = V is at most 2^18 with top-p.
-#[kernel(block = 512)]
+#[kernel(block = 512, min_blocks = 1)]
 pub fn sample(
     logits: In<f32>,
     seeds: In<u64>,

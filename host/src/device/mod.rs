@@ -480,3 +480,7 @@ fn check_arguments(launch: &Launch<'_>) -> Result<(), DeviceError> {
 
 #[cfg(test)]
 mod tests;
+
+mod file_map;
+
+pub use file_map::FileMap;

@@ -1,1 +1,18 @@
-//! Configuration, weights and the transformer.
+//! Models: configuration, weights, the transformer.
+//!
+//! A model is a Hugging Face folder. [`ModelConfig`] reads `config.json`, [`Checkpoint`] maps the safetensors files, and
+//! [`architecture::weights`] says which tensor is which and checks every name, dtype and shape before anything is uploaded.
+
+pub mod architecture;
+mod checkpoint;
+mod config;
+mod error;
+mod rope;
+#[cfg(test)]
+mod test_folder;
+
+pub use architecture::{LayerWeights, Weight, Weights};
+pub use checkpoint::{Checkpoint, TensorView};
+pub use config::{Architecture, HEAD_WIDTHS, MAX_HEAD_RATIO, ModelConfig, WIDTH_MULTIPLE};
+pub use error::ModelError;
+pub use rope::{Rope, RopeScaling, RopeTable};

@@ -1,1 +1,36 @@
-//! One safe function per kernel.
+//! One safe function per kernel: it checks the shapes, chooses the grid and launches. Nothing above knows grids, nothing
+//! below knows what an operation means.
+//!
+//! Every function returns [`DeviceError::InvalidParameter`] when a shape does not fit, before anything is launched,
+//! and otherwise the launch's own error. The letters of the shapes are those of the crate `kernels_gpu`.
+
+mod attention;
+mod elementwise;
+mod linear;
+mod rows;
+mod sampling;
+
+pub use attention::{HeadShape, Pages, attention_decode, attention_prefill, kv_write, partials_len, rotary};
+pub use elementwise::{bias_add, residual_add, silu_mul};
+pub use kernels_gpu::kv_write::PAGE;
+pub use kernels_gpu::rotary::Pairing;
+pub use linear::{linear, linear_kernel, linear_plain};
+pub use rows::{embedding, gather_rows, rms_norm};
+pub use sampling::{LogProbs, SampleParams, argmax, log_probs, penalties, sample, temperature};
+
+use crate::device::DeviceError;
+
+/// An error unless `holds`, which says what was expected of which operation.
+fn expect(holds: bool, operation: &str, expected: impl FnOnce() -> String) -> Result<(), DeviceError> {
+    if holds { Ok(()) } else { Err(DeviceError::InvalidParameter(format!("{operation}: {}", expected()))) }
+}
+
+/// A size as a kernel's parameter.
+fn size(operation: &str, value: usize) -> Result<u32, DeviceError> {
+    u32::try_from(value).map_err(|_| DeviceError::InvalidParameter(format!("{operation}: {value} exceeds 2^32 - 1")))
+}
+
+/// Blocks of `per_block` that cover `count`.
+fn blocks(operation: &str, count: usize, per_block: usize) -> Result<u32, DeviceError> {
+    size(operation, count.div_ceil(per_block))
+}

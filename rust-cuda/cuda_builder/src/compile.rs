@@ -92,8 +92,8 @@ pub(crate) fn compile(
 
     let output = command.output().map_err(Error::io("start", &toolchain.cargo))?;
     if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        return Err(Error::Compile { target: target.cpu.clone(), output: said });
+        let output = without_noise(&String::from_utf8_lossy(&output.stderr));
+        return Err(Error::Compile { target: target.cpu.clone(), output });
     }
     let mut found = Vec::new();
     assembly_files(&target_dir.join(TRIPLE), library, &mut found);
@@ -103,6 +103,22 @@ pub(crate) fn compile(
         return Err(Error::Compile { target: target.cpu.clone(), output });
     };
     fs::read_to_string(&path).map_err(Error::io("read", &path))
+}
+
+/// What the compiler said, less what it says about any kernel: the choice of PTX version is "unstable", a lock was waited for.
+fn without_noise(said: &str) -> String {
+    let (mut kept, mut in_noise) = (String::new(), false);
+    for line in said.lines() {
+        let is_noise = line.starts_with("warning: unstable feature specified for `-Ctarget-feature`");
+        in_noise = is_noise || in_noise && !line.trim().is_empty();
+        let is_progress = line.trim_start().starts_with("Blocking waiting for file lock");
+        let is_count = line.starts_with("warning: `") && line.contains("` (lib) generated ");
+        if !(in_noise || is_progress || is_count) {
+            kept.push_str(line);
+            kept.push('\n');
+        }
+    }
+    kept
 }
 
 /// The nearest folder upwards with a Cargo.lock: cargo's workspace root.
@@ -129,6 +145,17 @@ fn assembly_files(folder: &Path, library: &str, found: &mut Vec<PathBuf>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_error_keeps_its_lines_and_loses_the_noise() {
+        let said = "    Blocking waiting for file lock on package cache\n   Compiling k v0.1.0\n\
+                    warning: unstable feature specified for `-Ctarget-feature`: `ptx74`\n  |\n  = note: x\n\n\
+                    error[E0308]: mismatched types\n  --> src/lib.rs:1:2\n\nwarning: unused\n\n\
+                    warning: `k` (lib) generated 2 warnings\nerror: could not compile `k`\n";
+        let kept = "   Compiling k v0.1.0\n\nerror[E0308]: mismatched types\n  --> src/lib.rs:1:2\n\nwarning: unused\n\n\
+                    error: could not compile `k`\n";
+        assert_eq!(without_noise(said), kept);
+    }
 
     #[test]
     fn the_nested_build_gets_nothing_of_the_outer_one_but_its_network() {

@@ -51,8 +51,9 @@ pub fn builder(root: &Path, work: impl Into<PathBuf>) -> Builder {
 /// Where a build script may keep what it compiles: beside the host's profiles, so that they share it.
 #[must_use]
 pub fn work_folder(out_dir: &Path) -> PathBuf {
-    // Cargo marks the top of its target folder with this file; without it, the script's own folder does.
-    let top = out_dir.ancestors().find(|folder| folder.join("CACHEDIR.TAG").is_file());
+    // Cargo keeps these files at the top of its target folder; without them, the script's own folder does.
+    let is_top = |folder: &&Path| [".rustc_info.json", "CACHEDIR.TAG"].iter().any(|file| folder.join(file).is_file());
+    let top = out_dir.ancestors().find(is_top);
     top.unwrap_or(out_dir).join("ptx")
 }
 
@@ -303,6 +304,16 @@ pub(crate) mod tests {
             Freshness::Stale(reason) => reason,
             Freshness::Fresh(_) => panic!("fresh"),
         }
+    }
+
+    #[test]
+    fn what_is_compiled_lies_at_the_top_of_the_target_folder() {
+        let target = scratch("work-folder");
+        let out_dir = target.join("debug/build/lockstep-0123/out");
+        fs::create_dir_all(&out_dir).unwrap();
+        assert_eq!(work_folder(&out_dir), out_dir.join("ptx"));
+        fs::write(target.join(".rustc_info.json"), "{}").unwrap();
+        assert_eq!(work_folder(&out_dir), target.join("ptx"));
     }
 
     #[test]

@@ -9,9 +9,14 @@ use proc_macro::TokenStream;
 use proc_macro2::TokenStream as Tokens;
 use quote::{format_ident, quote};
 use syn::parse::{Parse, ParseStream};
-use syn::{Error, FnArg, GenericArgument, Ident, ItemFn, LitInt, Pat, PathArguments, Result, Token, Type};
+use syn::{
+    Error, Expr, ExprLit, FnArg, GenericArgument, Ident, ItemFn, Lit, MetaNameValue, Pat, PathArguments, Result, Token, Type,
+};
 
 /// Marks a kernel: `#[kernel(block = 128)]`, with the threads of a block (a multiple of 32, at most 1024).
+///
+/// `#[kernel(block = 128, min_blocks = 1)]` also says how many blocks a multiprocessor must hold at once: with 1, the
+/// assembler may give a thread more registers than its own guess at occupancy allows.
 ///
 /// Parameters are buffers (`In<T>`, `Out<T>`, `InOut<T>`) and numbers (`u32`, `i32`, `u64`, `f32`). The function
 /// returns nothing, takes no generics, and its name is the entry's name in the PTX.
@@ -22,22 +27,38 @@ pub fn kernel(attribute: TokenStream, item: TokenStream) -> TokenStream {
     expand(&block, function).unwrap_or_else(Error::into_compile_error).into()
 }
 
-/// `block = N`.
-struct Block(u32);
+/// `block = N`, and perhaps `min_blocks = N`.
+struct Block {
+    threads: u32,
+    min_blocks: Option<u32>,
+}
 
 impl Parse for Block {
     fn parse(input: ParseStream) -> Result<Self> {
-        let name: Ident = input.parse().map_err(|e| Error::new(e.span(), "write #[kernel(block = THREADS)]"))?;
-        if name != "block" {
-            return Err(Error::new(name.span(), "write #[kernel(block = THREADS)]"));
+        const FORM: &str = "write #[kernel(block = THREADS)] or #[kernel(block = THREADS, min_blocks = BLOCKS)]";
+        let mut threads = None;
+        let mut min_blocks = None;
+        for setting in input.parse_terminated(MetaNameValue::parse, Token![,])? {
+            let Expr::Lit(ExprLit { lit: Lit::Int(literal), .. }) = &setting.value else {
+                return Err(Error::new_spanned(&setting.value, FORM));
+            };
+            let value: u32 = literal.base10_parse()?;
+            if setting.path.is_ident("block") {
+                if value == 0 || value % 32 != 0 || value > 1024 {
+                    return Err(Error::new(literal.span(), "a block has a multiple of 32 threads, 32 to 1024"));
+                }
+                threads = Some(value);
+            } else if setting.path.is_ident("min_blocks") {
+                if !(1..=32).contains(&value) {
+                    return Err(Error::new(literal.span(), "a multiprocessor holds 1 to 32 blocks"));
+                }
+                min_blocks = Some(value);
+            } else {
+                return Err(Error::new_spanned(&setting.path, FORM));
+            }
         }
-        input.parse::<Token![=]>()?;
-        let literal: LitInt = input.parse()?;
-        let threads: u32 = literal.base10_parse()?;
-        if threads == 0 || threads % 32 != 0 || threads > 1024 {
-            return Err(Error::new(literal.span(), "a block has a multiple of 32 threads, 32 to 1024"));
-        }
-        Ok(Self(threads))
+        let threads = threads.ok_or_else(|| Error::new(input.span(), FORM))?;
+        Ok(Self { threads, min_blocks })
     }
 }
 
@@ -158,8 +179,9 @@ fn expand(block: &Block, function: ItemFn) -> Result<Tokens> {
     }
     let params = signature.inputs.iter().map(Param::parse).collect::<Result<Vec<_>>>()?;
     let name = &signature.ident;
-    let (name_text, threads) = (name.to_string(), block.0);
-    let marker = format!("// lockstep.block {threads}");
+    let (name_text, threads) = (name.to_string(), block.threads);
+    let mut markers = vec![format!("// lockstep.block {threads}")];
+    markers.extend(block.min_blocks.map(|blocks| format!("// lockstep.min_blocks {blocks}")));
 
     let (ptx_params, ptx_values): (Vec<_>, Vec<_>) = params.iter().map(Param::ptx).unzip();
     let descs = params.iter().map(Param::desc);
@@ -179,8 +201,8 @@ fn expand(block: &Block, function: ItemFn) -> Result<Tokens> {
         #visibility unsafe extern "ptx-kernel" fn #name(#(#ptx_params),*) {
             #[inline(always)]
             fn body(#inputs) #body
-            // SAFETY: a comment, which tells the PTX post-processor the block size.
-            unsafe { ::core::arch::asm!(#marker, options(nomem, nostack)) };
+            // SAFETY: comments, which tell the PTX post-processor the block size.
+            unsafe { #(::core::arch::asm!(#markers, options(nomem, nostack));)* };
             // SAFETY: the launch's contract: every buffer is device memory of its length.
             unsafe { body(#(#ptx_values),*) }
         }

@@ -1,0 +1,71 @@
+//! Operations on whole rows: embedding, gathering, normalisation.
+
+use cuda_std::launch::Grid;
+use half::bf16;
+
+use super::{expect, size};
+use crate::device::{Device, DeviceError, Slice, SliceMut};
+
+/// Rows of `table` \[V, C\] for `ids` \[T\] into `out` \[T, C\] (f32). Ids must be below V: one that is not stops the device.
+///
+/// # Errors
+/// A shape that does not fit, or the launch's error.
+pub fn embedding(
+    device: &Device,
+    ids: &Slice<'_, u32>,
+    table: &Slice<'_, bf16>,
+    out: &mut SliceMut<'_, f32>,
+    width: usize,
+) -> Result<(), DeviceError> {
+    let shaped = width > 0 && width.is_multiple_of(8) && table.len().is_multiple_of(width);
+    expect(shaped && !ids.is_empty() && out.len() == ids.len() * width, "embedding", || {
+        format!("ids [{}], table [V, {width}], out [{} x {width}] of {}", ids.len(), ids.len(), out.len())
+    })?;
+    let grid = Grid::new_1d(size("embedding", ids.len())?);
+    device.launch(
+        kernels_gpu::embedding::embedding::launch(ids, table, out, size("embedding", width)?),
+        grid,
+    )
+}
+
+/// Rows `rows` \[R\] of `x` \[T, C\] into `out` \[R, C\].
+///
+/// # Errors
+/// A shape that does not fit, or the launch's error.
+pub fn gather_rows(
+    device: &Device,
+    x: &Slice<'_, f32>,
+    rows: &Slice<'_, u32>,
+    out: &mut SliceMut<'_, f32>,
+    width: usize,
+) -> Result<(), DeviceError> {
+    let shaped = width > 0 && width.is_multiple_of(4) && x.len().is_multiple_of(width);
+    expect(shaped && !rows.is_empty() && out.len() == rows.len() * width, "gather_rows", || {
+        format!("x [T, {width}] of {}, rows [{}], out of {}", x.len(), rows.len(), out.len())
+    })?;
+    let grid = Grid::new_1d(size("gather_rows", rows.len())?);
+    device.launch(
+        kernels_gpu::gather_rows::gather_rows::launch(x, rows, out, size("gather_rows", width)?),
+        grid,
+    )
+}
+
+/// Normalises each row of `x` \[T, C\] by its root mean square, times `weight` \[C\], into `out` \[T, C\] (bf16).
+///
+/// # Errors
+/// A shape that does not fit, an `eps` that is not positive, or the launch's error.
+pub fn rms_norm(
+    device: &Device,
+    x: &Slice<'_, f32>,
+    weight: &Slice<'_, bf16>,
+    out: &mut SliceMut<'_, bf16>,
+    eps: f32,
+) -> Result<(), DeviceError> {
+    let width = weight.len();
+    let shaped = width > 0 && width.is_multiple_of(8) && !x.is_empty() && x.len().is_multiple_of(width);
+    expect(shaped && out.len() == x.len() && eps > 0.0, "rms_norm", || {
+        format!("x [T, {width}] of {}, out of {}, eps {eps} > 0", x.len(), out.len())
+    })?;
+    let grid = Grid::new_1d(size("rms_norm", x.len() / width)?);
+    device.launch(kernels_gpu::rms_norm::rms_norm::launch(x, weight, out, size("rms_norm", width)?, eps), grid)
+}

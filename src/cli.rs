@@ -1,0 +1,279 @@
+//! What can be asked for on the command line.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{ArgGroup, Args, Parser, Subcommand};
+
+/// An LLM inference server whose answers depend on the request alone.
+///
+/// Without a command: serves the demo model on the best device at 127.0.0.1:8080.
+#[derive(Debug, Parser)]
+#[command(version)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Serve a model over HTTP
+    Serve(ServeArguments),
+    /// Answer one prompt on the terminal
+    Generate(GenerateArguments),
+    /// Check the numeric contract on this device; exits with 1 when a line fails
+    Verify(VerifyArguments),
+}
+
+impl Command {
+    /// What `lockstep` without arguments does.
+    pub(crate) fn serve_demo_model() -> Self {
+        Self::Serve(ServeArguments {
+            source: ModelArguments { model: None, device: DeviceChoice::Auto },
+            host: "127.0.0.1".into(),
+            port: 8080,
+        })
+    }
+}
+
+/// Which model runs where.
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ModelArguments {
+    /// Model folder as published on model hubs: config.json, tokenizer.json, *.safetensors [default: the demo model]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: Option<PathBuf>,
+    /// Where to run: auto, cuda:N or cpu; auto takes the first GPU, else the CPU
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub(crate) device: DeviceChoice,
+}
+
+#[derive(Args, Debug, PartialEq, Eq)]
+pub(crate) struct ServeArguments {
+    #[command(flatten)]
+    pub(crate) source: ModelArguments,
+    /// Address to listen on; 0.0.0.0 is every interface
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
+    pub(crate) host: String,
+    /// Port to listen on; 0 takes a free one
+    #[arg(long, default_value_t = 8080)]
+    pub(crate) port: u16,
+}
+
+#[derive(Args, Debug)]
+#[command(group = ArgGroup::new("input").required(true).multiple(false).args(["prompt", "chat", "token_ids"]))]
+pub(crate) struct GenerateArguments {
+    #[command(flatten)]
+    pub(crate) source: ModelArguments,
+    /// Text to continue
+    #[arg(value_name = "PROMPT")]
+    pub(crate) prompt: Option<String>,
+    /// Message to answer, put through the model's chat template
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) chat: Option<String>,
+    /// Token ids to continue, as 1,2,3 or @FILE
+    #[arg(long, value_name = "IDS")]
+    pub(crate) token_ids: Option<TokenIds>,
+    /// Tokens to generate at most [default: 256, or what the context still holds]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) max_tokens: Option<u32>,
+    /// Divides the logits; 0 takes the most likely token
+    #[arg(long, value_name = "T", default_value = "0", value_parser = not_negative)]
+    pub(crate) temperature: f32,
+    /// Keep the most likely tokens that together reach this probability
+    #[arg(long, value_name = "P", value_parser = share)]
+    pub(crate) top_p: Option<f32>,
+    /// Keep this many of the most likely tokens; 0 keeps all
+    #[arg(long, value_name = "K")]
+    pub(crate) top_k: Option<u32>,
+    /// Keep tokens at least this fraction as likely as the most likely one
+    #[arg(long, value_name = "P", value_parser = share)]
+    pub(crate) min_p: Option<f32>,
+    /// Keys the random numbers [default: drawn, and reported]
+    #[arg(long, value_name = "S")]
+    pub(crate) seed: Option<u64>,
+    /// Report the K most likely tokens at each position with their log-probabilities (0 to 20; with --json)
+    #[arg(long, value_name = "K", requires = "json", value_parser = clap::value_parser!(u32).range(0..=20))]
+    pub(crate) logprobs: Option<u32>,
+    /// Go on after the model's end-of-sequence tokens
+    #[arg(long)]
+    pub(crate) ignore_eos: bool,
+    /// Print one JSON object at the end: tokens, text, logprobs, finish_reason, seed
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct VerifyArguments {
+    #[command(flatten)]
+    pub(crate) source: ModelArguments,
+}
+
+/// The value of `--device`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DeviceChoice {
+    Auto,
+    Cuda(i32),
+    Cpu,
+}
+
+impl FromStr for DeviceChoice {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            _ => match text.strip_prefix("cuda:").and_then(|ordinal| ordinal.parse::<u16>().ok()) {
+                Some(ordinal) => Ok(Self::Cuda(i32::from(ordinal))),
+                None => Err("choose auto, cuda:0 (or another number) or cpu"),
+            },
+        }
+    }
+}
+
+/// The value of `--token-ids`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct TokenIds(pub(crate) Vec<u32>);
+
+impl FromStr for TokenIds {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let file;
+        let list = match text.strip_prefix('@') {
+            Some(path) => {
+                file = std::fs::read_to_string(path).map_err(|error| format!("cannot read {path}: {error}"))?;
+                file.as_str()
+            }
+            None => text,
+        };
+        let words = list.split([',', ' ', '\n', '\r', '\t']).filter(|word| !word.is_empty());
+        let parsed = words.map(|word| word.parse().map_err(|_| format!("{word:?} is not a token id")));
+        let ids: Vec<u32> = parsed.collect::<Result<_, String>>()?;
+        if ids.is_empty() { Err("give at least one token id".into()) } else { Ok(Self(ids)) }
+    }
+}
+
+fn not_negative(text: &str) -> Result<f32, String> {
+    in_range(text, 0.0..=f32::MAX, "a number that is not negative")
+}
+
+fn share(text: &str) -> Result<f32, String> {
+    in_range(text, 0.0..=1.0, "a number from 0 to 1")
+}
+
+fn in_range(text: &str, range: std::ops::RangeInclusive<f32>, allowed: &str) -> Result<f32, String> {
+    let number = text.parse().ok().filter(|number| range.contains(number));
+    number.ok_or_else(|| format!("it must be {allowed}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+    use clap::error::ErrorKind;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(std::iter::once("lockstep").chain(line.split_whitespace()))
+    }
+
+    fn generate(line: &str) -> GenerateArguments {
+        match parse(&format!("generate {line}")).unwrap().command {
+            Some(Command::Generate(arguments)) => arguments,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn refused(line: &str) -> ErrorKind {
+        let error = parse(line).unwrap_err();
+        assert_eq!(error.exit_code(), 2, "{line}");
+        error.kind()
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn no_command_means_serve_with_its_defaults() {
+        assert!(parse("").unwrap().command.is_none());
+        let Some(Command::Serve(given)) = parse("serve").unwrap().command else { panic!() };
+        let Command::Serve(implied) = Command::serve_demo_model() else { panic!() };
+        assert_eq!(given, implied);
+    }
+
+    #[test]
+    fn serve_takes_model_device_host_and_port() {
+        let line = "serve --model m --device cuda:3 --host 0.0.0.0 --port 9000";
+        let Some(Command::Serve(given)) = parse(line).unwrap().command else { panic!() };
+        let source = ModelArguments { model: Some("m".into()), device: DeviceChoice::Cuda(3) };
+        assert_eq!(given, ServeArguments { source, host: "0.0.0.0".into(), port: 9000 });
+    }
+
+    #[test]
+    fn devices() {
+        assert_eq!("auto".parse(), Ok(DeviceChoice::Auto));
+        assert_eq!("cpu".parse(), Ok(DeviceChoice::Cpu));
+        assert_eq!("cuda:12".parse(), Ok(DeviceChoice::Cuda(12)));
+        for wrong in ["", "gpu", "cuda", "cuda:", "cuda:-1", "cuda:x", "cuda:99999999999", "CPU"] {
+            assert!(wrong.parse::<DeviceChoice>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn generate_needs_exactly_one_input() {
+        assert_eq!(refused("generate"), ErrorKind::MissingRequiredArgument);
+        assert_eq!(refused("generate hello --chat hello"), ErrorKind::ArgumentConflict);
+        assert_eq!(refused("generate --chat hello --token-ids 1"), ErrorKind::ArgumentConflict);
+        assert_eq!(generate("hello").prompt.as_deref(), Some("hello"));
+        assert_eq!(generate("--chat hello").chat.as_deref(), Some("hello"));
+        assert_eq!(generate("--token-ids 1,2,3").token_ids, Some(TokenIds(vec![1, 2, 3])));
+    }
+
+    #[test]
+    fn token_ids_come_from_a_file_too() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "5, 6\n7\n").unwrap();
+        let given: TokenIds = format!("@{}", file.path().display()).parse().unwrap();
+        assert_eq!(given, TokenIds(vec![5, 6, 7]));
+        for wrong in ["", ",", "1,x", "-1", "4294967296", "1.5", "@/nowhere/ids"] {
+            assert!(wrong.parse::<TokenIds>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn generate_takes_all_options() {
+        let given = generate(
+            "x --max-tokens 7 --temperature 0.8 --top-p 0.9 --top-k 40 --min-p 0.05 --seed 18446744073709551615 \
+             --logprobs 5 --ignore-eos --json --device cpu",
+        );
+        assert_eq!((given.max_tokens, given.temperature, given.top_p), (Some(7), 0.8, Some(0.9)));
+        assert_eq!((given.top_k, given.min_p, given.seed), (Some(40), Some(0.05), Some(u64::MAX)));
+        assert_eq!((given.logprobs, given.ignore_eos, given.json), (Some(5), true, true));
+        assert_eq!(given.source.device, DeviceChoice::Cpu);
+    }
+
+    #[test]
+    fn values_out_of_range_are_usage_errors() {
+        for option in [
+            "--max-tokens 0",
+            "--max-tokens=-1",
+            "--temperature NaN",
+            "--temperature inf",
+            "--temperature=-0.1",
+            "--top-p 1.01",
+            "--top-p x",
+            "--min-p=-0.5",
+            "--logprobs 21 --json",
+            "--seed 18446744073709551616",
+            "--device tpu",
+        ] {
+            assert_eq!(refused(&format!("generate x {option}")), ErrorKind::ValueValidation, "{option}");
+        }
+        assert_eq!(refused("generate x --logprobs 5"), ErrorKind::MissingRequiredArgument);
+        assert_eq!(refused("serve --port 65536"), ErrorKind::ValueValidation);
+        assert_eq!(refused("observe"), ErrorKind::InvalidSubcommand);
+    }
+}
