@@ -14,4 +14,6 @@ pub mod engine;
 pub mod model;
 pub mod ops;
 pub mod server;
+#[doc(hidden)]
+pub mod testing;
 pub mod text;

@@ -1,11 +1,78 @@
-//! Every GPU kernel of Lockstep.
+//! Every GPU kernel of Lockstep, one operation per file. The same source runs on a GPU (as PTX) and on the CPU (under the
+//! executor of `cuda_std`). Kernels know no model and allocate nothing; the host's `ops` checks shapes and picks grids.
+//!
+//! Letters in the docs: T tokens (rows) of a step, C model width, H query heads, G KV heads, D head width, F feed-forward
+//! width, V vocabulary, R rows of logits; M, N, K tokens, outputs and inputs of a linear layer. Upper case for sizes,
+//! lower case for indices. Arrays are row-major.
+//!
+//! | file | kernels |
+//! | --- | --- |
+//! | `embedding` | token ids to the residual stream |
+//! | `rms_norm` | normalisation |
+//! | `linear` | linear layers: the tensor-core chain, and a plain one |
+//! | `bias_add`, `rotary`, `kv_write` | between the QKV layer and attention |
+//! | `attention` | the definition; `attention_prefill` and `attention_decode` meet it |
+//! | `residual_add`, `silu_mul` | around the feed-forward layers |
+//! | `penalties`, `temperature`, `argmax`, `sample`, `log_probs` | from logits to a token (`rank`, `philox`: their parts) |
 #![cfg_attr(target_arch = "nvptx64", no_std)]
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch))]
+#![allow(
+    clippy::needless_range_loop,
+    reason = "index loops over small arrays unroll into registers; the index is the lane's arithmetic"
+)]
 
+pub mod argmax;
+pub mod attention;
+pub mod attention_decode;
+pub mod attention_prefill;
+pub mod bias_add;
+pub mod embedding;
+pub mod kv_write;
+pub mod linear;
+pub mod log_probs;
+pub mod penalties;
+pub mod philox;
+pub mod rank;
 pub mod residual_add;
+pub mod rms_norm;
+pub mod rotary;
+pub mod sample;
+pub mod silu_mul;
+pub mod temperature;
+
+/// Every kernel: what the host checks the PTX against.
+#[cfg(not(target_arch = "nvptx64"))]
+pub const KERNELS: &[&cuda_std::launch::KernelDesc] = &[
+    argmax::argmax::KERNEL,
+    attention_decode::attention_decode_32::KERNEL,
+    attention_decode::attention_decode_64::KERNEL,
+    attention_decode::attention_decode_96::KERNEL,
+    attention_decode::attention_decode_128::KERNEL,
+    attention_decode::attention_merge::KERNEL,
+    attention_prefill::attention_prefill_32::KERNEL,
+    attention_prefill::attention_prefill_64::KERNEL,
+    attention_prefill::attention_prefill_96::KERNEL,
+    attention_prefill::attention_prefill_128::KERNEL,
+    bias_add::bias_add::KERNEL,
+    embedding::embedding::KERNEL,
+    kv_write::kv_write::KERNEL,
+    linear::linear_bf16::KERNEL,
+    linear::linear_f32::KERNEL,
+    linear::linear_plain::KERNEL,
+    log_probs::log_probs::KERNEL,
+    penalties::penalties::KERNEL,
+    residual_add::residual_add::KERNEL,
+    rms_norm::rms_norm::KERNEL,
+    rotary::rotary::KERNEL,
+    sample::sample::KERNEL,
+    silu_mul::silu_mul::KERNEL,
+    temperature::temperature::KERNEL,
+];
 
 #[cfg(target_arch = "nvptx64")]
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
-    loop {}
+    // Bounds are checked before every access; should a check be wrong, end the kernel rather than go on.
+    // SAFETY: `trap` has no operands and does not return.
+    unsafe { core::arch::asm!("trap;", options(noreturn, nostack)) }
 }

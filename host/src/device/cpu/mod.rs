@@ -1,0 +1,235 @@
+//! The CPU as a device: memory of this process, kernels under the SIMT executor, its own linear layers.
+
+use std::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cuda_std::Element;
+use cuda_std::launch::{Arg, Grid, Launch, ParamKind};
+use half::bf16;
+
+pub(super) use linear::PackedWeight;
+pub(super) use memory::{Fill, Memory};
+
+use super::buffer::DeviceId;
+use super::{Buffer, DeviceError, LinearOutput, MemoryInfo, MemoryKind, MemoryTracker, Slice, SliceMut, Weight};
+use pool::Pool;
+
+mod linear;
+mod memory;
+mod pool;
+
+/// How the CPU device works. `Default` is what a server wants.
+#[derive(Clone, Debug, Default)]
+pub struct CpuOptions {
+    /// Threads that compute; 0 takes one per core.
+    pub threads: usize,
+    /// The most memory that may be allocated, in bytes; `None` takes what the machine has.
+    pub memory_limit_bytes: Option<u64>,
+    /// Look for races, divergent barriers and reads of memory that nobody wrote. Many times slower.
+    pub checked: bool,
+    /// Of the order in which checked mode runs threads.
+    pub seed: u64,
+}
+
+/// The CPU device.
+pub struct Cpu {
+    shared: Arc<Shared>,
+    pool: Pool,
+    failure: Mutex<Option<DeviceError>>,
+    /// The input of a linear layer as f32.
+    scratch: Mutex<Vec<f32>>,
+}
+
+/// What memory needs of its device.
+pub(super) struct Shared {
+    tracker: MemoryTracker,
+    memory_limit_bytes: Option<u64>,
+}
+
+impl Shared {
+    fn new(memory_limit_bytes: Option<u64>) -> Self {
+        Self { tracker: MemoryTracker::default(), memory_limit_bytes }
+    }
+
+    fn id(self: &Arc<Self>) -> DeviceId {
+        Arc::as_ptr(self).addr()
+    }
+
+    fn memory_info(&self) -> MemoryInfo {
+        let used = self.tracker.total_bytes();
+        match self.memory_limit_bytes {
+            Some(limit) => MemoryInfo { free_bytes: limit.saturating_sub(used), total_bytes: limit },
+            None => {
+                let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+                let bytes = |name| meminfo_bytes(&text, name).unwrap_or(u64::MAX);
+                MemoryInfo { free_bytes: bytes("MemAvailable:"), total_bytes: bytes("MemTotal:") }
+            }
+        }
+    }
+}
+
+/// A line such as `MemTotal:  16318412 kB`.
+fn meminfo_bytes(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    let kilobytes: u64 = line.split_whitespace().next()?.parse().ok()?;
+    kilobytes.checked_mul(1024)
+}
+
+impl Cpu {
+    pub(super) fn new(options: CpuOptions) -> Result<Self, DeviceError> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = if options.threads == 0 { cores } else { options.threads };
+        let pool = Pool::new(threads)
+            .map_err(|error| DeviceError::InvalidDevice(format!("{threads} threads cannot be started: {error}")))?;
+        let shared = Arc::new(Shared::new(options.memory_limit_bytes));
+        Ok(Self { shared, pool, failure: Mutex::new(None), scratch: Mutex::new(Vec::new()) })
+    }
+
+    pub(super) fn id(&self) -> DeviceId {
+        self.shared.id()
+    }
+
+    pub(super) fn name(&self) -> String {
+        format!("CPU, {} threads", self.pool.threads())
+    }
+
+    pub(super) fn multiprocessors(&self) -> usize {
+        self.pool.threads()
+    }
+
+    pub(super) fn tracker(&self) -> &MemoryTracker {
+        &self.shared.tracker
+    }
+
+    pub(super) fn memory_info(&self) -> Result<MemoryInfo, DeviceError> {
+        Ok(self.shared.memory_info())
+    }
+
+    pub(super) fn failure(&self) -> Option<DeviceError> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn healthy(&self) -> Result<(), DeviceError> {
+        self.failure().map_or(Ok(()), Err)
+    }
+
+    /// This process's memory is where this device computes, so there is nothing to find.
+    pub(super) fn verify_residency(&self) -> Result<(), DeviceError> {
+        self.healthy()
+    }
+
+    pub(super) fn synchronize(&self) -> Result<(), DeviceError> {
+        self.healthy()
+    }
+
+    pub(super) fn alloc(&self, bytes: usize, fill: Fill, kind: MemoryKind, label: &str) -> Result<Memory, DeviceError> {
+        Memory::new(&self.shared, bytes, fill, kind, label)
+    }
+
+    pub(super) fn upload<T: Element>(&self, destination: SliceMut<'_, T>, source: &[T]) -> Result<(), DeviceError> {
+        self.healthy()?;
+        values_mut(destination).copy_from_slice(source);
+        Ok(())
+    }
+
+    pub(super) fn download<T: Element>(&self, source: Slice<'_, T>, destination: &mut [T]) -> Result<(), DeviceError> {
+        self.healthy()?;
+        destination.copy_from_slice(values(source));
+        Ok(())
+    }
+
+    pub(super) fn copy<T: Element>(
+        &self,
+        source: Slice<'_, T>,
+        destination: SliceMut<'_, T>,
+    ) -> Result<(), DeviceError> {
+        self.healthy()?;
+        values_mut(destination).copy_from_slice(values(source));
+        Ok(())
+    }
+
+    pub(super) fn fill_zero<T: Element>(&self, destination: SliceMut<'_, T>) -> Result<(), DeviceError> {
+        self.healthy()?;
+        let values = values_mut(destination);
+        // SAFETY: zeros are a value of every element, and the slice is exclusively borrowed.
+        unsafe { values.as_mut_ptr().write_bytes(0, values.len()) };
+        Ok(())
+    }
+
+    pub(super) fn launch(&self, launch: &Launch<'_>, _grid: Grid) -> Result<(), DeviceError> {
+        self.healthy()?;
+        self.check_memory(launch)?;
+        Err(DeviceError::KernelLaunchFailed("the executor is not there yet".to_owned()))
+    }
+
+    /// Checks that every buffer is live memory of this device: a foreign address would be read as one of this process.
+    fn check_memory(&self, launch: &Launch<'_>) -> Result<(), DeviceError> {
+        for (arg, param) in launch.args().iter().zip(launch.kernel().params) {
+            let (Arg::Buffer(buffer), ParamKind::Buffer { element, .. }) = (arg, param.kind) else { continue };
+            let bytes = buffer.length.saturating_mul(element_bytes(element));
+            if !self.shared.tracker.contains(buffer.address, bytes) {
+                return Err(DeviceError::InvalidParameter(format!(
+                    "{}: the buffer {} is not memory of this device",
+                    launch.kernel().name,
+                    param.name
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn pack(&self, rows: &Buffer<bf16>, n: usize, k: usize) -> Result<PackedWeight, DeviceError> {
+        PackedWeight::new(&self.shared, values(rows.as_slice()), n, k)
+    }
+
+    pub(super) fn linear<O: LinearOutput>(
+        &self,
+        x: Slice<'_, bf16>,
+        m: usize,
+        weight: &Weight,
+        out: SliceMut<'_, O>,
+    ) -> Result<(), DeviceError> {
+        self.healthy()?;
+        let packed =
+            weight.packed.as_ref().filter(|packed| packed.device() == self.id()).ok_or_else(|| {
+                DeviceError::InvalidParameter("the weight was prepared for another device".to_owned())
+            })?;
+        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        packed.multiply(&self.pool, &mut scratch, values(x), m, values_mut(out));
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for Cpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.name())
+    }
+}
+
+/// The bytes of an element by its name.
+fn element_bytes(name: &str) -> u64 {
+    match name {
+        "u8" => 1,
+        "u16" | "bf16" => 2,
+        "u64" => 8,
+        _ => 4,
+    }
+}
+
+/// The elements of a view of this device's memory.
+fn values<'a, T: Element>(slice: Slice<'a, T>) -> &'a [T] {
+    // SAFETY: the view lies in an allocation whose provenance is exposed, which the borrow keeps alive and unwritten;
+    // its bytes were initialised when it was allocated, and all bits are values of an element.
+    unsafe { std::slice::from_raw_parts(with_exposed_provenance(slice.address() as usize), slice.len()) }
+}
+
+/// The elements of a writable view of this device's memory.
+fn values_mut<'a, T: Element>(slice: SliceMut<'a, T>) -> &'a mut [T] {
+    // SAFETY: as for `values`, and the view borrows its part exclusively.
+    unsafe { std::slice::from_raw_parts_mut(with_exposed_provenance_mut(slice.address() as usize), slice.len()) }
+}
+
+#[cfg(test)]
+fn test_pool(threads: usize) -> Pool {
+    Pool::new(threads).unwrap()
+}

@@ -1,0 +1,404 @@
+//! Linear layers by cuBLASLt, restricted to algorithms that sum K in one chain.
+//!
+//! cuBLASLt thinks in columns: a row-major `[rows, cols]` matrix is its `[cols, rows]`. So it computes the transposed
+//! output `[n, m]` as the weight, transposed from `[k, n]`, times the input `[k, m]`.
+//!
+//! The heuristic is asked for algorithms without workspace and without reduction, hence without split-K; what it
+//! returns is read back and checked. Which of them runs may depend on `m`, because the self-test has found their bits
+//! equal.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::cublaslt::sys::{
+    self, cublasComputeType_t, cublasLtMatmulAlgo_t, cublasLtMatmulAlgoConfigAttributes_t as AlgoConfig,
+    cublasLtMatmulDesc_t, cublasLtMatmulDescAttributes_t as DescAttribute, cublasLtMatmulHeuristicResult_t,
+    cublasLtMatmulPreferenceAttributes_t as Preference, cublasLtMatrixLayout_t, cublasStatus_t, cudaDataType,
+};
+
+use super::context::Context;
+use crate::device::{DeviceError, OutputType, contract};
+
+/// `CUBLAS_OP_N` and `CUBLAS_OP_T`, which cudarc has only in its cuBLAS bindings.
+const OPERATION_N: i32 = 0;
+const OPERATION_T: i32 = 1;
+
+/// How many algorithms the heuristic is asked for.
+const ALGORITHMS: usize = 8;
+
+/// The library's handle and what it has been asked so far.
+pub(super) struct CublasLt {
+    handle: sys::cublasLtHandle_t,
+    plans: Mutex<HashMap<Shape, Arc<Plan>>>,
+    context: Arc<Context>,
+}
+
+// SAFETY: the handle may be used from several threads at once, by the library's documentation.
+unsafe impl Send for CublasLt {}
+// SAFETY: as above.
+unsafe impl Sync for CublasLt {}
+
+/// What a plan is made for.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Shape {
+    n: usize,
+    k: usize,
+    m: usize,
+    output: OutputType,
+    /// A power of two that divides the three addresses.
+    alignment: u32,
+}
+
+/// One linear layer: `out[m, n] = x[m, k] * weight[n, k]` transposed.
+pub(super) struct Multiply {
+    pub(super) n: usize,
+    pub(super) k: usize,
+    pub(super) m: usize,
+    pub(super) output: OutputType,
+    /// Addresses.
+    pub(super) weight: u64,
+    pub(super) x: u64,
+    pub(super) out: u64,
+}
+
+/// The library's descriptions of a shape, and the algorithms that keep the contract.
+#[derive(Default)]
+struct Plan {
+    operation: Descriptor<cublasLtMatmulDesc_t>,
+    weight: Descriptor<cublasLtMatrixLayout_t>,
+    x: Descriptor<cublasLtMatrixLayout_t>,
+    out: Descriptor<cublasLtMatrixLayout_t>,
+    algorithms: Vec<cublasLtMatmulAlgo_t>,
+}
+
+// SAFETY: the descriptors are host memory that is only read after the plan is made.
+unsafe impl Send for Plan {}
+// SAFETY: as above.
+unsafe impl Sync for Plan {}
+
+/// A handle of the library with the function that destroys it.
+struct Descriptor<H> {
+    handle: Option<(H, unsafe fn(H) -> cublasStatus_t)>,
+}
+
+impl<H> Default for Descriptor<H> {
+    fn default() -> Self {
+        Self { handle: None }
+    }
+}
+
+impl<H: Copy> Descriptor<*mut H> {
+    fn get(&self) -> *mut H {
+        self.handle.map_or(std::ptr::null_mut(), |(handle, _)| handle)
+    }
+}
+
+impl<H> Drop for Descriptor<H> {
+    fn drop(&mut self) {
+        if let Some((handle, destroy)) = self.handle.take() {
+            // SAFETY: created by the library, destroyed once.
+            unsafe {
+                let _ = destroy(handle);
+            }
+        }
+    }
+}
+
+fn checked(status: cublasStatus_t, what: &str) -> Result<(), DeviceError> {
+    if status == cublasStatus_t::CUBLAS_STATUS_SUCCESS {
+        Ok(())
+    } else {
+        Err(DeviceError::KernelLaunchFailed(format!("cuBLASLt, {what}: {status:?}")))
+    }
+}
+
+impl CublasLt {
+    /// `None` when the library is not installed. cudarc panics then, so this asks first.
+    pub(super) fn new(context: &Arc<Context>) -> Result<Option<Self>, DeviceError> {
+        // SAFETY: loads a library and runs its initialisers, which do nothing that we depend on.
+        if !unsafe { sys::is_culib_present() } {
+            return Ok(None);
+        }
+        context.enter()?;
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: writes one handle; destroyed in `drop`.
+        checked(unsafe { sys::cublasLtCreate(&raw mut handle) }, "no handle")?;
+        Ok(Some(Self { handle, plans: Mutex::new(HashMap::new()), context: Arc::clone(context) }))
+    }
+
+    pub(super) fn description(&self) -> String {
+        // SAFETY: no arguments.
+        format!("cuBLASLt {}", unsafe { sys::cublasLtGetVersion() })
+    }
+
+    /// Computes one linear layer with one of the plan's algorithms, by default the first.
+    ///
+    /// # Safety
+    /// The addresses are live memory of the device for the shape's elements, and nobody else uses the output.
+    pub(super) unsafe fn multiply(&self, multiply: &Multiply, algorithm: Option<usize>) -> Result<(), DeviceError> {
+        self.context.enter()?;
+        let Multiply { n, k, m, output, weight, x, out } = *multiply;
+        let plan = self.plan(Shape { n, k, m, output, alignment: alignment(weight | x | out) })?;
+        let index = algorithm.unwrap_or(0);
+        let Some(chosen) = plan.algorithms.get(index) else {
+            return Err(if algorithm.is_none() {
+                DeviceError::KernelLaunchFailed(format!(
+                    "cuBLASLt has no algorithm for {n} x {k} with {m} rows that sums in one chain; use the kernel \
+                     backend"
+                ))
+            } else {
+                let count = plan.algorithms.len();
+                DeviceError::InvalidParameter(format!("there are {count} algorithms for this shape, not {index}"))
+            });
+        };
+        let (one, zero) = (1.0_f32, 0.0_f32);
+        // SAFETY: the layouts describe the memory that the contract promises; scalars are read from the host before
+        // the call returns; an algorithm without workspace takes none.
+        let status = unsafe {
+            sys::cublasLtMatmul(
+                self.handle,
+                plan.operation.get(),
+                (&raw const one).cast(),
+                pointer(weight),
+                plan.weight.get(),
+                pointer(x),
+                plan.x.get(),
+                (&raw const zero).cast(),
+                pointer(out),
+                plan.out.get(),
+                pointer(out),
+                plan.out.get(),
+                chosen,
+                std::ptr::null_mut(),
+                0,
+                self.context.stream().cast(),
+            )
+        };
+        let result = checked(status, &format!("{n} x {k} with {m} rows"));
+        if let Err(error) = &result
+            && matches!(
+                status,
+                cublasStatus_t::CUBLAS_STATUS_EXECUTION_FAILED | cublasStatus_t::CUBLAS_STATUS_INTERNAL_ERROR
+            )
+        {
+            self.context.fail(error);
+        }
+        result
+    }
+
+    /// The algorithms for a shape at addresses like those of whole buffers.
+    pub(super) fn algorithms(
+        &self,
+        n: usize,
+        k: usize,
+        m: usize,
+        output: OutputType,
+    ) -> Result<Vec<String>, DeviceError> {
+        if n == 0 || k == 0 || m == 0 {
+            return Err(DeviceError::InvalidParameter(format!("a linear layer of {n} x {k} with {m} rows is empty")));
+        }
+        self.context.enter()?;
+        let plan = self.plan(Shape { n, k, m, output, alignment: 256 })?;
+        Ok(plan.algorithms.iter().map(describe).collect())
+    }
+
+    fn plan(&self, shape: Shape) -> Result<Arc<Plan>, DeviceError> {
+        if let Some(plan) = self.plans.lock().unwrap_or_else(PoisonError::into_inner).get(&shape) {
+            return Ok(Arc::clone(plan));
+        }
+        let plan = Arc::new(self.make_plan(shape)?);
+        self.plans.lock().unwrap_or_else(PoisonError::into_inner).insert(shape, Arc::clone(&plan));
+        Ok(plan)
+    }
+
+    fn make_plan(&self, shape: Shape) -> Result<Plan, DeviceError> {
+        let Shape { n, k, m, output, alignment } = shape;
+        if contract::segments(n, k) != 1 {
+            return Err(DeviceError::KernelLaunchFailed(format!("{n} x {k}: more than one segment is not done here")));
+        }
+        let output_type = match output {
+            OutputType::F32 => cudaDataType::CUDA_R_32F,
+            OutputType::Bf16 => cudaDataType::CUDA_R_16BF,
+        };
+        let mut plan = Plan {
+            operation: operation()?,
+            weight: layout(cudaDataType::CUDA_R_16BF, k, n)?,
+            x: layout(cudaDataType::CUDA_R_16BF, k, m)?,
+            out: layout(output_type, n, m)?,
+            algorithms: Vec::new(),
+        };
+        let preference = preference(alignment)?;
+        let mut results: [std::mem::MaybeUninit<cublasLtMatmulHeuristicResult_t>; ALGORITHMS] =
+            [const { std::mem::MaybeUninit::zeroed() }; ALGORITHMS];
+        let mut count = 0;
+        // SAFETY: the descriptors are alive; at most as many results are written as there is room for.
+        let status = unsafe {
+            sys::cublasLtMatmulAlgoGetHeuristic(
+                self.handle,
+                plan.operation.get(),
+                plan.weight.get(),
+                plan.x.get(),
+                plan.out.get(),
+                plan.out.get(),
+                preference.get(),
+                ALGORITHMS as i32,
+                results.as_mut_ptr().cast(),
+                &raw mut count,
+            )
+        };
+        if status == cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED {
+            // No algorithm: an empty plan, so that the question is asked once.
+            return Ok(plan);
+        }
+        checked(status, &format!("algorithms for {n} x {k} with {m} rows"))?;
+        for result in &results[..usize::try_from(count).unwrap_or(0).min(ALGORITHMS)] {
+            // SAFETY: the library has written `count` results; the memory was zeroed before, a value of every field.
+            let result = unsafe { result.assume_init_ref() };
+            if result.state == cublasStatus_t::CUBLAS_STATUS_SUCCESS
+                && result.workspaceSize == 0
+                && sums_in_one_chain(&result.algo)
+            {
+                plan.algorithms.push(result.algo);
+            }
+        }
+        Ok(plan)
+    }
+}
+
+impl Drop for CublasLt {
+    fn drop(&mut self) {
+        self.plans.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
+        let _ = self.context.make_current();
+        // SAFETY: created in `new`, destroyed once, after its descriptors.
+        unsafe {
+            let _ = sys::cublasLtDestroy(self.handle);
+        }
+    }
+}
+
+fn pointer(address: u64) -> *mut c_void {
+    std::ptr::without_provenance_mut(address as usize)
+}
+
+/// The largest of 256, 16 and 2 that divides the addresses of which `bits` is the union. The library takes 256 for
+/// granted unless told otherwise; vector accesses need 16; 2 is an element.
+fn alignment(bits: u64) -> u32 {
+    match bits.trailing_zeros() {
+        8.. => 256,
+        4..=7 => 16,
+        _ => 2,
+    }
+}
+
+/// f32 sums of the transposed first operand times the second.
+fn operation() -> Result<Descriptor<cublasLtMatmulDesc_t>, DeviceError> {
+    let mut handle = std::ptr::null_mut();
+    // SAFETY: writes one handle.
+    let status = unsafe {
+        sys::cublasLtMatmulDescCreate(
+            &raw mut handle,
+            cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            cudaDataType::CUDA_R_32F,
+        )
+    };
+    checked(status, "a description")?;
+    let descriptor = Descriptor { handle: Some((handle, sys::cublasLtMatmulDescDestroy as _)) };
+    for (attribute, value) in [
+        (DescAttribute::CUBLASLT_MATMUL_DESC_TRANSA, OPERATION_T),
+        (DescAttribute::CUBLASLT_MATMUL_DESC_TRANSB, OPERATION_N),
+    ] {
+        // SAFETY: reads one int.
+        let status = unsafe {
+            sys::cublasLtMatmulDescSetAttribute(handle, attribute, (&raw const value).cast(), size_of_val(&value))
+        };
+        checked(status, "a transposition")?;
+    }
+    Ok(descriptor)
+}
+
+/// A dense matrix in columns.
+fn layout(ty: cudaDataType, rows: usize, cols: usize) -> Result<Descriptor<cublasLtMatrixLayout_t>, DeviceError> {
+    let mut handle = std::ptr::null_mut();
+    // SAFETY: writes one handle.
+    let status =
+        unsafe { sys::cublasLtMatrixLayoutCreate(&raw mut handle, ty, rows as u64, cols as u64, rows as i64) };
+    checked(status, "a layout")?;
+    Ok(Descriptor { handle: Some((handle, sys::cublasLtMatrixLayoutDestroy as _)) })
+}
+
+/// No workspace, no reduction, and no more alignment than there is.
+fn preference(alignment: u32) -> Result<Descriptor<sys::cublasLtMatmulPreference_t>, DeviceError> {
+    let mut handle = std::ptr::null_mut();
+    // SAFETY: writes one handle.
+    checked(unsafe { sys::cublasLtMatmulPreferenceCreate(&raw mut handle) }, "a preference")?;
+    let descriptor = Descriptor { handle: Some((handle, sys::cublasLtMatmulPreferenceDestroy as _)) };
+    let workspace_bytes = 0_u64;
+    // SAFETY: reads 8 bytes.
+    let status = unsafe {
+        sys::cublasLtMatmulPreferenceSetAttribute(
+            handle,
+            Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+            (&raw const workspace_bytes).cast(),
+            size_of_val(&workspace_bytes),
+        )
+    };
+    checked(status, "no workspace")?;
+    let no_reduction = sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_NONE as u32;
+    for (attribute, value) in [
+        (Preference::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, no_reduction),
+        (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignment),
+        (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment),
+        (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment),
+        (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment),
+    ] {
+        // SAFETY: reads 4 bytes.
+        let status = unsafe {
+            sys::cublasLtMatmulPreferenceSetAttribute(
+                handle,
+                attribute,
+                (&raw const value).cast(),
+                size_of_val(&value),
+            )
+        };
+        checked(status, &format!("{attribute:?}"))?;
+    }
+    Ok(descriptor)
+}
+
+/// One word of an algorithm's configuration; `None` when it has no such word.
+fn config(algorithm: &cublasLtMatmulAlgo_t, attribute: AlgoConfig) -> Option<u32> {
+    let (mut value, mut written) = (0_u32, 0_usize);
+    // SAFETY: writes at most 4 bytes and one size.
+    let status = unsafe {
+        sys::cublasLtMatmulAlgoConfigGetAttribute(
+            algorithm,
+            attribute,
+            (&raw mut value).cast(),
+            size_of_val(&value),
+            &raw mut written,
+        )
+    };
+    (status == cublasStatus_t::CUBLAS_STATUS_SUCCESS).then_some(value)
+}
+
+fn sums_in_one_chain(algorithm: &cublasLtMatmulAlgo_t) -> bool {
+    config(algorithm, AlgoConfig::CUBLASLT_ALGO_CONFIG_SPLITK_NUM) == Some(1)
+        && config(algorithm, AlgoConfig::CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME) == Some(0)
+}
+
+fn describe(algorithm: &cublasLtMatmulAlgo_t) -> String {
+    let words = [
+        ("algorithm", AlgoConfig::CUBLASLT_ALGO_CONFIG_ID),
+        ("tile", AlgoConfig::CUBLASLT_ALGO_CONFIG_TILE_ID),
+        ("stages", AlgoConfig::CUBLASLT_ALGO_CONFIG_STAGES_ID),
+        ("split-K", AlgoConfig::CUBLASLT_ALGO_CONFIG_SPLITK_NUM),
+        ("reduction", AlgoConfig::CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME),
+        ("swizzle", AlgoConfig::CUBLASLT_ALGO_CONFIG_CTA_SWIZZLING),
+        ("custom", AlgoConfig::CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION),
+        ("cluster", AlgoConfig::CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID),
+    ];
+    // Some words are 16 bits wide and refuse to be read as 32: they are left out.
+    let words = words.iter().filter_map(|&(name, attribute)| Some(format!("{name} {}", config(algorithm, attribute)?)));
+    words.collect::<Vec<_>>().join(", ")
+}

@@ -1,0 +1,269 @@
+//! Device memory: plain `cuMemAlloc`, copies, and the check that it is where it should be.
+
+use std::ffi::c_void;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::driver::sys::{self, CUmemorytype_enum, CUpointer_attribute_enum as PointerAttribute, CUresult};
+
+use super::context::Context;
+use crate::device::buffer::DeviceId;
+use crate::device::cpu::Fill;
+use crate::device::{DeviceError, MemoryKind, MemoryRecord};
+
+/// An allocation.
+pub(in crate::device) struct Memory {
+    address: u64,
+    context: Arc<Context>,
+}
+
+impl Memory {
+    /// `bytes` bytes, more than 0.
+    pub(super) fn new(
+        context: &Arc<Context>,
+        bytes: usize,
+        fill_with: Fill,
+        kind: MemoryKind,
+        label: &str,
+    ) -> Result<Self, DeviceError> {
+        context.enter()?;
+        let mut address = 0;
+        let result = if bytes as u64 > context.total_bytes() {
+            CUresult::CUDA_ERROR_OUT_OF_MEMORY
+        } else {
+            // SAFETY: writes one address; freed in `drop`.
+            unsafe { sys::cuMemAlloc_v2(&raw mut address, bytes) }
+        };
+        if result == CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+            return Err(DeviceError::OutOfMemory {
+                requested_bytes: bytes as u64,
+                free_bytes: context.memory_info().map_or(0, |info| info.free_bytes),
+                kind,
+                label: label.to_owned(),
+                breakdown: context.tracker().breakdown(),
+            });
+        }
+        context.check(result, DeviceError::InferenceFailed, &format!("{bytes} bytes for {label}"))?;
+        let memory = Self { address, context: Arc::clone(context) };
+        context.tracker().record(MemoryRecord { address, bytes: bytes as u64, kind, label: label.to_owned() });
+        let byte = match fill_with {
+            Fill::Zero => 0,
+            Fill::Poison => 0xff,
+        };
+        // SAFETY: just allocated, with this size.
+        unsafe { fill(context, address, bytes, byte)? };
+        Ok(memory)
+    }
+
+    pub(in crate::device) fn device(&self) -> DeviceId {
+        self.context.id()
+    }
+
+    pub(in crate::device) fn address(&self) -> u64 {
+        self.address
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        self.context.tracker().forget(self.address);
+        // SAFETY: allocated in `new`, freed once; work on the stream that may still use it is awaited first.
+        unsafe {
+            let _ = self.context.make_current();
+            let _ = sys::cuStreamSynchronize(self.context.stream());
+            let _ = sys::cuMemFree_v2(self.address);
+        }
+    }
+}
+
+/// Writes `byte` to every byte.
+///
+/// # Safety
+/// The range is live memory of the device that nobody else uses.
+pub(super) unsafe fn fill(context: &Context, address: u64, bytes: usize, byte: u8) -> Result<(), DeviceError> {
+    context.enter()?;
+    // SAFETY: this function's contract.
+    let result = unsafe { sys::cuMemsetD8Async(address, byte, bytes, context.stream()) };
+    context.check(result, DeviceError::InferenceFailed, "memory cannot be filled")
+}
+
+/// Copies within the device.
+///
+/// # Safety
+/// Both ranges are live memory of the device, they do not overlap, and nobody else uses the destination.
+pub(super) unsafe fn copy(context: &Context, source: u64, destination: u64, bytes: usize) -> Result<(), DeviceError> {
+    context.enter()?;
+    // SAFETY: this function's contract.
+    let result = unsafe { sys::cuMemcpyDtoDAsync_v2(destination, source, bytes, context.stream()) };
+    context.check(result, DeviceError::InferenceFailed, "a copy on the device failed")
+}
+
+/// True when the address is plain memory of this device: not the host's, not managed.
+pub(super) fn is_device_memory(context: &Context, address: u64) -> bool {
+    if address == 0 || context.make_current().is_err() {
+        return false;
+    }
+    // The attributes are ints of 1 or 4 bytes; a zeroed word holds either, in the low bytes.
+    let attribute = |attribute| {
+        let mut value = 0_u64;
+        // SAFETY: writes at most 8 bytes for these attributes; any address may be asked about.
+        let result = unsafe { sys::cuPointerGetAttribute((&raw mut value).cast::<c_void>(), attribute, address) };
+        (result == CUresult::CUDA_SUCCESS).then_some(value)
+    };
+    attribute(PointerAttribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE)
+        == Some(CUmemorytype_enum::CU_MEMORYTYPE_DEVICE as u64)
+        && attribute(PointerAttribute::CU_POINTER_ATTRIBUTE_IS_MANAGED) == Some(0)
+        && attribute(PointerAttribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL)
+            == Some(u64::from(context.ordinal().unsigned_abs()))
+}
+
+/// Checks the first and the last byte of every tracked allocation.
+pub(super) fn verify_residency(context: &Context) -> Result<(), DeviceError> {
+    context.enter()?;
+    let records = context.tracker().records();
+    let foreign: Vec<_> = records
+        .iter()
+        .filter(|record| {
+            let last = record.address + record.bytes.saturating_sub(1);
+            !is_device_memory(context, record.address) || !is_device_memory(context, last)
+        })
+        .map(|record| format!("{} ({}, {} bytes at {:#x})", record.label, record.kind, record.bytes, record.address))
+        .collect();
+    if foreign.is_empty() {
+        return Ok(());
+    }
+    let error = DeviceError::ResidencyFailed(format!(
+        "{} of {} allocations are not plain memory of GPU {}: {}; restart the process",
+        foreign.len(),
+        records.len(),
+        context.ordinal(),
+        foreign.join(", ")
+    ));
+    context.fail(&error);
+    Err(error)
+}
+
+/// Two small pinned buffers. Small uploads return without waiting for the device; small downloads skip the driver's
+/// own staging. Larger copies, such as weights, go directly and wait.
+pub(super) struct Staging {
+    up: Mutex<Ring>,
+    down: Mutex<Pinned>,
+}
+
+/// Copies of at most this many bytes are staged.
+const STAGED_BYTES: usize = 256 * 1024;
+/// How much may be on its way up before an upload waits.
+const RING_BYTES: usize = 4 * STAGED_BYTES;
+
+struct Ring {
+    pinned: Pinned,
+    used: usize,
+}
+
+/// Page-locked memory of the host.
+struct Pinned {
+    pointer: *mut u8,
+    context: Arc<Context>,
+}
+
+// SAFETY: the memory is owned and belongs to no thread.
+unsafe impl Send for Pinned {}
+
+impl Pinned {
+    fn new(context: &Arc<Context>, bytes: usize) -> Result<Self, DeviceError> {
+        context.enter()?;
+        let mut pointer = std::ptr::null_mut();
+        // SAFETY: writes one pointer; freed in `drop`.
+        let result = unsafe { sys::cuMemAllocHost_v2(&raw mut pointer, bytes) };
+        context.check(result, DeviceError::InvalidDevice, "no pinned memory for token ids")?;
+        Ok(Self { pointer: pointer.cast(), context: Arc::clone(context) })
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new`, freed once; copies that use it are awaited first.
+        unsafe {
+            let _ = self.context.make_current();
+            let _ = sys::cuStreamSynchronize(self.context.stream());
+            let _ = sys::cuMemFreeHost(self.pointer.cast());
+        }
+    }
+}
+
+impl Staging {
+    pub(super) fn new(context: &Arc<Context>) -> Result<Self, DeviceError> {
+        let up = Ring { pinned: Pinned::new(context, RING_BYTES)?, used: 0 };
+        Ok(Self { up: Mutex::new(up), down: Mutex::new(Pinned::new(context, STAGED_BYTES)?) })
+    }
+
+    /// Copies to the device; the source is free when this returns.
+    ///
+    /// # Safety
+    /// The destination is live memory of the device for as many bytes, which nobody else uses.
+    pub(super) unsafe fn upload(
+        &self,
+        context: &Context,
+        destination: u64,
+        source: &[u8],
+    ) -> Result<(), DeviceError> {
+        const FAULT: &str = "an upload failed";
+        context.enter()?;
+        if source.len() > STAGED_BYTES {
+            // SAFETY: this function's contract; the source is borrowed until the wait is over.
+            let result = unsafe {
+                sys::cuMemcpyHtoDAsync_v2(destination, source.as_ptr().cast(), source.len(), context.stream())
+            };
+            // Wait even if the copy did not start: the source must not be in use when this returns.
+            let waited = context.synchronize();
+            context.check(result, DeviceError::InferenceFailed, FAULT)?;
+            return waited;
+        }
+        let mut ring = self.up.lock().unwrap_or_else(PoisonError::into_inner);
+        if ring.used + source.len() > RING_BYTES {
+            // Everything staged so far has left when the stream is idle.
+            context.synchronize()?;
+            ring.used = 0;
+        }
+        let offset = ring.used;
+        ring.used += source.len().next_multiple_of(64);
+        // SAFETY: the bytes from `offset` on are inside the ring and no copy reads them; the destination by contract.
+        let result = unsafe {
+            let staged = ring.pinned.pointer.add(offset);
+            staged.copy_from_nonoverlapping(source.as_ptr(), source.len());
+            sys::cuMemcpyHtoDAsync_v2(destination, staged.cast(), source.len(), context.stream())
+        };
+        context.check(result, DeviceError::InferenceFailed, FAULT)
+    }
+
+    /// Copies from the device, after all work before it.
+    ///
+    /// # Safety
+    /// The source is live memory of the device for as many bytes.
+    pub(super) unsafe fn download(
+        &self,
+        context: &Context,
+        source: u64,
+        destination: &mut [u8],
+    ) -> Result<(), DeviceError> {
+        const FAULT: &str = "a download failed";
+        context.enter()?;
+        let bytes = destination.len();
+        if bytes > STAGED_BYTES {
+            // SAFETY: this function's contract; the destination is borrowed until the wait is over.
+            let result = unsafe {
+                sys::cuMemcpyDtoHAsync_v2(destination.as_mut_ptr().cast(), source, bytes, context.stream())
+            };
+            let waited = context.synchronize();
+            context.check(result, DeviceError::InferenceFailed, FAULT)?;
+            return waited;
+        }
+        let pinned = self.down.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the buffer has `STAGED_BYTES` bytes, and the lock keeps it for this copy.
+        let result = unsafe { sys::cuMemcpyDtoHAsync_v2(pinned.pointer.cast(), source, bytes, context.stream()) };
+        context.check(result, DeviceError::InferenceFailed, FAULT)?;
+        context.synchronize()?;
+        // SAFETY: the copy into the buffer is over.
+        unsafe { destination.as_mut_ptr().copy_from_nonoverlapping(pinned.pointer, bytes) };
+        Ok(())
+    }
+}

@@ -1,0 +1,63 @@
+//! The one order of tokens: by falling logit, ties by rising id. Every selection uses it, so there are no ties left.
+
+use cuda_std::prelude::*;
+
+/// Threads of a block that ranks a row.
+pub const THREADS: usize = 512;
+
+/// Warps of such a block.
+pub const WARPS: usize = THREADS / 32;
+
+/// A key that grows with the logit: unsigned, in the order of floats. 0 for what cannot be chosen: NaN and negative
+/// infinity. Both zeros are one value.
+#[inline(always)]
+#[must_use]
+pub fn logit_key(logit: f32) -> u32 {
+    if !(logit > f32::NEG_INFINITY) {
+        return 0;
+    }
+    let bits = (logit + 0.0).to_bits();
+    if bits >> 31 == 1 { !bits } else { bits | 0x8000_0000 }
+}
+
+/// A key that grows with the rank of (logit, id): the greatest is the first token. 0 for what cannot be chosen.
+#[inline(always)]
+#[must_use]
+pub fn rank_key(logit: f32, id: usize) -> u64 {
+    let key = logit_key(logit);
+    if key == 0 { 0 } else { (u64::from(key) << 32) | u64::from(!(id as u32)) }
+}
+
+/// The id in a [`rank_key`]; `u32::MAX` for 0.
+#[inline(always)]
+#[must_use]
+pub fn id_of(rank: u64) -> u32 {
+    !(rank as u32)
+}
+
+/// The greatest of the block's values, in every thread. `scratch` holds one element per warp.
+#[inline(always)]
+#[must_use]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub fn block_max(value: u64, scratch: &Shared<u64>) -> u64 {
+    let mut max = value;
+    let mut distance = 16;
+    while distance > 0 {
+        let high = warp::shuffle_xor_u32((max >> 32) as u32, distance);
+        let low = warp::shuffle_xor_u32(max as u32, distance);
+        let other = (u64::from(high) << 32) | u64::from(low);
+        max = if other > max { other } else { max };
+        distance >>= 1;
+    }
+    thread::sync_threads();
+    if thread::lane_id() == 0 {
+        scratch.set(thread::warp_id() as usize, max);
+    }
+    thread::sync_threads();
+    let mut max = 0;
+    for warp in 0..scratch.len() {
+        let other = scratch.get(warp);
+        max = if other > max { other } else { max };
+    }
+    max
+}
