@@ -102,7 +102,7 @@ pub fn exp(x: f32) -> f32 {
     let n = rounded - ROUND;
     let r = fma(n, -LN_2_LOW, fma(n, -LN_2_HIGH, x));
     let mut p = fma(1.374_532_6e-3, r, 8.368_947e-3);
-    p = fma(p, r, 4.166_964_8e-2);
+    p = fma(p, r, 4.166_965e-2);
     p = fma(p, r, 1.666_651_8e-1);
     p = fma(p, r, 4.999_998_8e-1);
     p = fma(p, r, 1.0);

@@ -140,7 +140,7 @@ impl History {
             } else if page.shift > fits {
                 page.split(fits);
             }
-            let cell = &mut page.cells[position % PAGE_BYTES >> page.shift];
+            let cell = &mut page.cells[(position % PAGE_BYTES) >> page.shift];
             cell.record(access).map_err(|earlier| (position, earlier))?;
             position += 1 << page.shift;
         }
