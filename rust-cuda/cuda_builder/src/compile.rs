@@ -60,6 +60,8 @@ pub(crate) fn compile(
         format!("-Ctarget-cpu={}", target.cpu),
         format!("-Ctarget-feature=+{}", target.isa),
         "-Clinker=true".to_owned(),
+        // Kernels keep tiles in small arrays; a loop over one that is not unrolled would move it to local memory.
+        "-Cllvm-args=-unroll-threshold=20000".to_owned(),
         // The same text wherever the checkout, the registry and the compiler are.
         format!("--remap-path-prefix={}=/kernels", workspace_root(package).display()),
         format!("--remap-path-prefix={}=/rust", toolchain.sysroot.display()),

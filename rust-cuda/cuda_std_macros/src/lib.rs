@@ -24,7 +24,7 @@ use syn::{
 pub fn kernel(attribute: TokenStream, item: TokenStream) -> TokenStream {
     let function = syn::parse_macro_input!(item as ItemFn);
     let block = syn::parse_macro_input!(attribute as Block);
-    expand(&block, function).unwrap_or_else(Error::into_compile_error).into()
+    expand(&block, &function).unwrap_or_else(Error::into_compile_error).into()
 }
 
 /// `block = N`, and perhaps `min_blocks = N`.
@@ -44,7 +44,7 @@ impl Parse for Block {
             };
             let value: u32 = literal.base10_parse()?;
             if setting.path.is_ident("block") {
-                if value == 0 || value % 32 != 0 || value > 1024 {
+                if value == 0 || !value.is_multiple_of(32) || value > 1024 {
                     return Err(Error::new(literal.span(), "a block has a multiple of 32 threads, 32 to 1024"));
                 }
                 threads = Some(value);
@@ -71,7 +71,7 @@ struct Param {
 
 enum Kind {
     /// The buffer type's name and the element.
-    Buffer(Ident, Type),
+    Buffer(Ident, Box<Type>),
     /// A number.
     Scalar,
 }
@@ -92,7 +92,7 @@ impl Param {
             "In" | "Out" | "InOut" => {
                 let PathArguments::AngleBracketed(arguments) = &segment.arguments else { return Err(unsupported()) };
                 let Some(GenericArgument::Type(element)) = arguments.args.last() else { return Err(unsupported()) };
-                Kind::Buffer(segment.ident.clone(), element.clone())
+                Kind::Buffer(segment.ident.clone(), Box::new(element.clone()))
             }
             "u32" | "i32" | "u64" | "f32" => Kind::Scalar,
             _ => return Err(unsupported()),
@@ -136,7 +136,7 @@ impl Param {
     }
 
     /// The expression that takes this parameter out of argument number `index`.
-    fn from_arg(&self, index: usize) -> Tokens {
+    fn take_arg(&self, index: usize) -> Tokens {
         let ty = &self.ty;
         match &self.kind {
             Kind::Buffer(buffer, element) => quote!(match &arguments[#index] {
@@ -172,7 +172,7 @@ impl Param {
     }
 }
 
-fn expand(block: &Block, function: ItemFn) -> Result<Tokens> {
+fn expand(block: &Block, function: &ItemFn) -> Result<Tokens> {
     let signature = &function.sig;
     if !signature.generics.params.is_empty() || !matches!(signature.output, syn::ReturnType::Default) {
         return Err(Error::new_spanned(signature, "a kernel has no generics and returns nothing"));
@@ -185,7 +185,7 @@ fn expand(block: &Block, function: ItemFn) -> Result<Tokens> {
 
     let (ptx_params, ptx_values): (Vec<_>, Vec<_>) = params.iter().map(Param::ptx).unzip();
     let descs = params.iter().map(Param::desc);
-    let from_args = params.iter().enumerate().map(|(index, param)| param.from_arg(index));
+    let from_args = params.iter().enumerate().map(|(index, param)| param.take_arg(index));
     let (launch_params, launch_calls): (Vec<_>, Vec<_>) = params.iter().map(Param::launch).unzip();
 
     let (docs, visibility, body) = (&function.attrs, &function.vis, &function.block);
