@@ -1,6 +1,6 @@
 //! What the executor's own work costs. Run with
 //! `cargo test --release -p lockstep-cuda-std --test bench -- --ignored --nocapture --test-threads 1`.
-#![allow(missing_docs, reason = "a test")]
+#![allow(missing_docs, clippy::unwrap_used, reason = "a test")]
 
 use std::hint::black_box;
 use std::time::Instant;

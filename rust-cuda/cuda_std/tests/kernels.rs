@@ -1,5 +1,5 @@
 //! Kernels that are right: their results against a plain computation, in fast mode and in checked mode.
-#![allow(missing_docs, reason = "a test")]
+#![allow(missing_docs, clippy::unwrap_used, reason = "a test")]
 
 use cuda_std::cpu::{Buffer, Executor, Fault};
 use cuda_std::launch::{Grid, Launch};

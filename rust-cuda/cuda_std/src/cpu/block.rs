@@ -249,78 +249,74 @@ fn same_line(a: &'static Location<'static>, b: &'static Location<'static>) -> bo
 }
 
 /// The block's barrier.
-pub(super) fn meet_block(at: &'static Location<'static>) {
+#[inline(always)]
+pub(super) fn sync_threads(at: &'static Location<'static>) {
     let (thread, block) = running();
-    let wait = {
-        // SAFETY: the block of the running thread; this reference ends before the thread suspends.
-        let block = unsafe { &mut *block };
-        let checked = block.checks.is_some();
-        if block.arrived == 0 {
-            block.first_arrived = thread;
-        } else if checked
-            && let Some(waits) = block.site(block.first_arrived)
-            && !same_line(waits.location, at)
-        {
-            let here = Site { block: block.index, thread, action: Action::SyncThreads, location: at };
-            diverged(block, waits, here);
-        }
-        block.places[thread as usize] = Some((Action::SyncThreads, at));
-        block.arrived += 1;
-        let last = block.arrived == block.threads;
-        if !last || checked {
-            block.warps[thread as usize / 32].at_block |= 1 << (thread % 32);
-        }
-        if last {
-            block.release_barrier();
-        }
-        !last || checked
-    };
-    if wait {
+    // SAFETY: the block of the running thread; the reference ends before the thread suspends.
+    if meet_block(thread, unsafe { &mut *block }, at) {
         suspend();
     }
 }
 
-/// A rendezvous of the warp; the last lane finishes the operation. In checked mode it waits too, so that the seed
-/// decides who goes on first.
-#[inline(always)]
-fn meet_warp(thread: u32, block: *mut Block, action: Action, at: &'static Location<'static>) {
-    let wait = {
-        // SAFETY: the block of the running thread; this reference ends before the thread suspends.
-        let block = unsafe { &mut *block };
-        let (index, lane) = (thread as usize / 32, thread % 32);
-        let warp = &mut block.warps[index];
-        if warp.at_warp != 0 {
-            let first = index as u32 * 32 + warp.at_warp.trailing_zeros();
-            if let Some((waiting, line)) = block.places[first as usize]
-                && (waiting != action || (block.checks.is_some() && !same_line(line, at)))
-            {
-                let here = Site { block: block.index, thread, action, location: at };
-                let waits = Site { thread: first, action: waiting, location: line, ..here };
-                diverged(block, waits, here);
-            }
+/// A thread arrives at the block's barrier. Must it wait?
+#[inline(never)]
+fn meet_block(thread: u32, block: &mut Block, at: &'static Location<'static>) -> bool {
+    let checked = block.checks.is_some();
+    if block.arrived == 0 {
+        block.first_arrived = thread;
+    } else if checked
+        && let Some(waits) = block.site(block.first_arrived)
+        && !same_line(waits.location, at)
+    {
+        let here = Site { block: block.index, thread, action: Action::SyncThreads, location: at };
+        diverged(block, waits, here);
+    }
+    block.places[thread as usize] = Some((Action::SyncThreads, at));
+    block.arrived += 1;
+    let last = block.arrived == block.threads;
+    if !last || checked {
+        block.warps[thread as usize / 32].at_block |= 1 << (thread % 32);
+    }
+    if last {
+        block.release_barrier();
+    }
+    !last || checked
+}
+
+/// A rendezvous of the warp; the last lane finishes the operation. Must this one wait? In checked mode the last
+/// does too, so that the seed decides who goes on first.
+#[inline(never)]
+fn meet_warp(thread: u32, block: &mut Block, action: Action, at: &'static Location<'static>) -> bool {
+    let (index, lane) = (thread as usize / 32, thread % 32);
+    let warp = &mut block.warps[index];
+    if warp.at_warp != 0 {
+        let first = index as u32 * 32 + warp.at_warp.trailing_zeros();
+        if let Some((waiting, line)) = block.places[first as usize]
+            && (waiting != action || (block.checks.is_some() && !same_line(line, at)))
+        {
+            let here = Site { block: block.index, thread, action, location: at };
+            let waits = Site { thread: first, action: waiting, location: line, ..here };
+            diverged(block, waits, here);
         }
-        block.places[thread as usize] = Some((action, at));
-        warp.at_warp |= 1 << lane;
-        if warp.at_warp == u32::MAX {
-            match action {
-                Action::Mma => warp.product.multiply(),
-                Action::Exchange => warp.parity ^= 1,
-                _ => {
-                    if let Some(checks) = &mut block.checks {
-                        checks.warp_epochs[index] += 1;
-                    }
+    }
+    block.places[thread as usize] = Some((action, at));
+    warp.at_warp |= 1 << lane;
+    if warp.at_warp == u32::MAX {
+        match action {
+            Action::Mma => warp.product.multiply(),
+            Action::Exchange => warp.parity ^= 1,
+            _ => {
+                if let Some(checks) = &mut block.checks {
+                    checks.warp_epochs[index] += 1;
                 }
             }
-            warp.at_warp = 0;
-            let wait = block.checks.is_some();
-            warp.ready = if wait { u32::MAX } else { !(1 << lane) };
-            wait
-        } else {
-            true
         }
-    };
-    if wait {
-        suspend();
+        warp.at_warp = 0;
+        let wait = block.checks.is_some();
+        warp.ready = if wait { u32::MAX } else { !(1 << lane) };
+        wait
+    } else {
+        true
     }
 }
 
@@ -332,18 +328,18 @@ fn diverged(block: &mut Block, waits: Site, here: Site) -> ! {
 }
 
 /// The warp's barrier.
+#[inline(always)]
 pub(super) fn sync_warp(at: &'static Location<'static>) {
     let (thread, block) = running();
-    meet_warp(thread, block, Action::SyncWarp, at);
+    // SAFETY: the block of the running thread; the reference ends before the thread suspends.
+    if meet_warp(thread, unsafe { &mut *block }, Action::SyncWarp, at) {
+        suspend();
+    }
 }
 
 /// Every lane shows a word to all.
 #[inline(always)]
-pub(super) fn exchange<R>(
-    value: u32,
-    at: &'static Location<'static>,
-    read: impl FnOnce(&[u32; 32], usize) -> R,
-) -> R {
+pub(super) fn exchange<R>(value: u32, at: &'static Location<'static>, read: impl FnOnce(&[u32; 32], usize) -> R) -> R {
     let (thread, block) = running();
     let (index, lane) = (thread as usize / 32, thread as usize % 32);
     let parity = {
@@ -352,7 +348,10 @@ pub(super) fn exchange<R>(
         warp.values[warp.parity][lane] = value;
         warp.parity
     };
-    meet_warp(thread, block, Action::Exchange, at);
+    // SAFETY: as above.
+    if meet_warp(thread, unsafe { &mut *block }, Action::Exchange, at) {
+        suspend();
+    }
     // SAFETY: as above; `read` is this crate's own code and does not suspend. The half stays as it is until the
     // exchange after the next one, which no lane reaches before all have left this one.
     read(unsafe { &(&(*block).warps)[index].values[parity] }, lane)
@@ -365,7 +364,10 @@ pub(super) fn product(a: [u32; 4], b: [u32; 2], c: [f32; 4], at: &'static Locati
     let (index, lane) = (thread as usize / 32, thread as usize % 32);
     // SAFETY: the block of the running thread; the reference ends with the statement.
     unsafe { (&mut (*block).warps)[index].product.deposit(lane, a, b, c) };
-    meet_warp(thread, block, Action::Mma, at);
+    // SAFETY: as above.
+    if meet_warp(thread, unsafe { &mut *block }, Action::Mma, at) {
+        suspend();
+    }
     // SAFETY: as above.
     unsafe { (&(*block).warps)[index].product.result(lane) }
 }

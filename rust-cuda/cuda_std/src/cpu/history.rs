@@ -119,12 +119,19 @@ impl History {
 
     /// Records an access in the launch (or block) `stamp`, which begins with nothing remembered. Fails with the byte
     /// and the earlier access that conflicts. `start + bytes` is inside the memory.
-    pub(super) fn record(&mut self, stamp: u64, start: usize, bytes: usize, access: Access) -> Result<(), (usize, Access)> {
+    pub(super) fn record(
+        &mut self,
+        stamp: u64,
+        start: usize,
+        bytes: usize,
+        access: Access,
+    ) -> Result<(), (usize, Access)> {
         let end = start + bytes;
         let fits = (start | bytes).trailing_zeros().min(2);
         let mut position = start;
         while position < end {
-            let page = self.pages[position / PAGE_BYTES].get_or_insert_with(|| Page { stamp, shift: 2, cells: Vec::new() });
+            let page =
+                self.pages[position / PAGE_BYTES].get_or_insert_with(|| Page { stamp, shift: 2, cells: Vec::new() });
             if page.stamp != stamp || page.cells.is_empty() {
                 page.stamp = stamp;
                 page.shift = fits;

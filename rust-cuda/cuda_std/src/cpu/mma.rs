@@ -84,7 +84,9 @@ impl Fragments {
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma")]
     fn multiply_avx2(&mut self) {
-        use core::arch::x86_64::{_mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps, _mm256_storeu_ps};
+        use core::arch::x86_64::{
+            _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps, _mm256_storeu_ps,
+        };
         let (a, b) = self.unpack();
         for (d, a) in self.c.as_chunks_mut::<8>().0.iter_mut().zip(a.as_chunks::<8>().0) {
             let mut sums = [_mm256_setzero_ps(); 8];

@@ -77,7 +77,7 @@ pub(crate) fn grid_dim() -> [u32; 3] {
 #[inline(always)]
 #[track_caller]
 pub(crate) fn sync_threads() {
-    block::meet_block(Location::caller());
+    block::sync_threads(Location::caller());
 }
 
 #[inline(always)]

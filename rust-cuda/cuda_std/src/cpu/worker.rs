@@ -111,7 +111,8 @@ impl Worker {
             for index in 0..warps {
                 loop {
                     // SAFETY: as above.
-                    let (ready, failed) = unsafe { ((&(*self.block).warps)[index].ready, (*self.block).fault.is_some()) };
+                    let (ready, failed) =
+                        unsafe { ((&(*self.block).warps)[index].ready, (*self.block).fault.is_some()) };
                     if failed {
                         return;
                     }
