@@ -13,8 +13,8 @@ impl Tolerance {
     /// Equal values only; 0.0 and -0.0 are equal.
     pub const EXACT: Self = Self { absolute: 0.0, relative: 0.0 };
 
-    /// Half a step of bf16 (8 significant bits, so 2^-9 of the value), with a quarter of it more for the f32 sums.
-    pub const BF16: Self = Self { absolute: 1e-6, relative: 1.25 / 512.0 };
+    /// Half a step of bf16 (8 significant bits, so at most 2^-8 of the value), with a little more for the f32 sums.
+    pub const BF16: Self = Self { absolute: 1e-6, relative: 1.05 / 256.0 };
 }
 
 /// Panics unless the lengths are equal and every `|actual - expected| <= tolerance`. A NaN on either side fails.

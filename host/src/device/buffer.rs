@@ -1,7 +1,7 @@
 //! Typed device memory: owned buffers and borrowed views of them.
 
 use std::marker::PhantomData;
-use std::ops::{Bound, RangeBounds};
+use std::ops::{Bound, Range, RangeBounds};
 
 use cuda_std::Element;
 use cuda_std::cpu::Shadow;
@@ -78,8 +78,23 @@ impl View {
         }
     }
 
+    /// What checked mode knows of the buffer, and the bytes of this view in it.
+    ///
+    /// # Safety
+    /// The buffer is alive.
+    unsafe fn shadow<'a, T>(&self) -> Option<(&'a Shadow, Range<usize>)> {
+        // SAFETY: the shadow lives as long as the buffer.
+        let shadow = unsafe { self.shadow.as_ref()? };
+        Some((shadow, self.shadow_offset..self.shadow_offset + self.len * size_of::<T>()))
+    }
+
     fn arg(&self) -> BufferArg {
-        BufferArg { address: self.address, length: self.len as u64, shadow: self.shadow }
+        BufferArg {
+            address: self.address,
+            length: self.len as u64,
+            shadow: self.shadow,
+            shadow_offset: self.shadow_offset as u64,
+        }
     }
 }
 
@@ -159,6 +174,12 @@ impl<'a, T: Element> Slice<'a, T> {
         Ok(Slice { view: self.view.part::<T>(range)?, _elements: PhantomData })
     }
 
+    /// What checked mode knows of the buffer, and the bytes of this view in it.
+    pub(super) fn shadow(&self) -> Option<(&Shadow, Range<usize>)> {
+        // SAFETY: the view borrows the buffer.
+        unsafe { self.view.shadow::<T>() }
+    }
+
     pub(super) fn device(&self) -> DeviceId {
         self.view.device
     }
@@ -210,6 +231,12 @@ impl<'a, T: Element> SliceMut<'a, T> {
     pub fn split_at(self, middle: usize) -> Result<(SliceMut<'a, T>, SliceMut<'a, T>), DeviceError> {
         let (first, rest) = (self.view.part::<T>(..middle)?, self.view.part::<T>(middle..)?);
         Ok((SliceMut { view: first, _elements: PhantomData }, SliceMut { view: rest, _elements: PhantomData }))
+    }
+
+    /// What checked mode knows of the buffer, and the bytes of this view in it.
+    pub(super) fn shadow(&self) -> Option<(&Shadow, Range<usize>)> {
+        // SAFETY: the view borrows the buffer.
+        unsafe { self.view.shadow::<T>() }
     }
 
     pub(super) fn device(&self) -> DeviceId {

@@ -219,13 +219,13 @@ impl Device {
         destination: impl Into<SliceMut<'a, T>>,
         source: &[T],
     ) -> Result<(), DeviceError> {
-        let destination = destination.into();
+        let mut destination = destination.into();
         self.check_view(destination.device())?;
         same_length(destination.len(), source.len())?;
         if source.is_empty() {
             return Ok(());
         }
-        on_device!(self, device => device.upload(destination, source))
+        on_device!(self, device => device.upload(&mut destination, source))
     }
 
     /// Copies to the host, after everything before it.
@@ -267,14 +267,14 @@ impl Device {
         source: impl Into<Slice<'a, T>>,
         destination: impl Into<SliceMut<'b, T>>,
     ) -> Result<(), DeviceError> {
-        let (source, destination) = (source.into(), destination.into());
+        let (source, mut destination) = (source.into(), destination.into());
         self.check_view(source.device())?;
         self.check_view(destination.device())?;
         same_length(destination.len(), source.len())?;
         if source.is_empty() {
             return Ok(());
         }
-        on_device!(self, device => device.copy(source, destination))
+        on_device!(self, device => device.copy(source, &mut destination))
     }
 
     /// Writes zeros.
@@ -282,12 +282,12 @@ impl Device {
     /// # Errors
     /// The device has failed.
     pub fn fill_zero<'a, T: Element>(&self, destination: impl Into<SliceMut<'a, T>>) -> Result<(), DeviceError> {
-        let destination = destination.into();
+        let mut destination = destination.into();
         self.check_view(destination.device())?;
         if destination.is_empty() {
             return Ok(());
         }
-        on_device!(self, device => device.fill_zero(destination))
+        on_device!(self, device => device.fill_zero(&mut destination))
     }
 
     /// Starts a kernel.
@@ -295,6 +295,7 @@ impl Device {
     /// # Errors
     /// The grid is not possible, the kernel is not loaded, or the device has failed. A fault inside the kernel comes
     /// out here on the CPU, and out of a later call on CUDA.
+    #[expect(clippy::needless_pass_by_value, reason = "a launch is used once")]
     pub fn launch(&self, launch: Launch<'_>, grid: Grid) -> Result<(), DeviceError> {
         check_arguments(&launch)?;
         if grid.blocks.contains(&0) {
@@ -349,11 +350,11 @@ impl Device {
         weight: &Weight,
         out: impl Into<SliceMut<'b, O>>,
     ) -> Result<(), DeviceError> {
-        let (x, out) = (x.into(), out.into());
+        let (x, mut out) = (x.into(), out.into());
         let m = self.check_linear(&x, weight, &out)?;
         match self {
-            Self::Cpu(device) => device.linear(x, m, weight, out),
-            Self::Cuda(device) => device.linear(x, m, weight, out, None),
+            Self::Cpu(device) => device.linear(x, m, weight, &mut out),
+            Self::Cuda(device) => device.linear(x, m, weight, &mut out, None),
         }
     }
 
@@ -368,12 +369,12 @@ impl Device {
         weight: &Weight,
         out: impl Into<SliceMut<'b, O>>,
     ) -> Result<(), DeviceError> {
-        let (x, out) = (x.into(), out.into());
+        let (x, mut out) = (x.into(), out.into());
         let m = self.check_linear(&x, weight, &out)?;
         match self {
-            Self::Cpu(device) if index == 0 => device.linear(x, m, weight, out),
+            Self::Cpu(device) if index == 0 => device.linear(x, m, weight, &mut out),
             Self::Cpu(_) => Err(DeviceError::InvalidParameter(format!("the CPU has one algorithm, not {index}"))),
-            Self::Cuda(device) => device.linear(x, m, weight, out, Some(index)),
+            Self::Cuda(device) => device.linear(x, m, weight, &mut out, Some(index)),
         }
     }
 

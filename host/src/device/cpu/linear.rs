@@ -11,10 +11,11 @@
 use std::sync::Arc;
 
 use cuda_std::bf16::bf16_to_f32;
+use cuda_std::cpu::Executor;
 use half::bf16;
 
+use super::Shared;
 use super::memory::{Fill, Memory};
-use super::{Pool, Shared};
 use crate::device::buffer::DeviceId;
 use crate::device::{DeviceError, LinearOutput, MemoryKind};
 
@@ -97,19 +98,19 @@ impl PackedWeight {
     /// `out[m, n] = x[m, k] * weight[n, k]` transposed. `scratch` is kept between calls to spare allocations.
     pub(super) fn multiply<O: LinearOutput>(
         &self,
-        pool: &Pool,
+        executor: &Executor,
         scratch: &mut Vec<f32>,
         x: &[bf16],
         m: usize,
         out: &mut [O],
     ) {
-        self.multiply_by(Path::detect(), pool, scratch, x, m, out);
+        self.multiply_by(Path::detect(), executor, scratch, x, m, out);
     }
 
     fn multiply_by<O: LinearOutput>(
         &self,
         path: Path,
-        pool: &Pool,
+        executor: &Executor,
         scratch: &mut Vec<f32>,
         x: &[bf16],
         m: usize,
@@ -121,7 +122,7 @@ impl PackedWeight {
         let x = scratch.as_slice();
         let output = Output { pointer: out.as_mut_ptr(), n: self.n };
         let blocks = self.n.div_ceil(BLOCK);
-        pool.for_each(blocks.div_ceil(TASK_BLOCKS), &|task| {
+        executor.for_each(blocks.div_ceil(TASK_BLOCKS), &|task| {
             let first = task * TASK_BLOCKS;
             let last = (first + TASK_BLOCKS).min(blocks);
             // SAFETY: the task's blocks are its own, and `x` has `m` rows of `k`.
@@ -186,7 +187,7 @@ impl PackedWeight {
         macro_rules! rest {
             ($rows:literal, $at_once:literal) => {{
                 let mut block = blocks.start;
-                while block + $at_once <= blocks.end {
+                while blocks.end - block >= $at_once {
                     // SAFETY: by contract.
                     unsafe { self.tile::<$rows, $at_once, O>(block, x, whole, output) };
                     block += $at_once;
@@ -251,13 +252,13 @@ impl PackedWeight {
                 }
             }
         }
-        for r in 0..R {
-            for b in 0..B {
+        for (r, sums) in sums.iter().enumerate() {
+            for (b, [low, high]) in sums.iter().enumerate() {
                 let mut values = [0.0_f32; BLOCK];
-                // SAFETY: room for two vectors of 8.
+                // SAFETY: room for two vectors of 8; the output by contract.
                 unsafe {
-                    _mm256_storeu_ps(values.as_mut_ptr(), sums[r][b][0]);
-                    _mm256_storeu_ps(values.as_mut_ptr().add(WORDS), sums[r][b][1]);
+                    _mm256_storeu_ps(values.as_mut_ptr(), *low);
+                    _mm256_storeu_ps(values.as_mut_ptr().add(WORDS), *high);
                     output.store(row + r, block + b, &values);
                 }
             }
@@ -294,7 +295,7 @@ mod tests {
         x: Vec<bf16>,
         weight: Vec<bf16>,
         packed: PackedWeight,
-        pool: Pool,
+        executor: Executor,
         m: usize,
         n: usize,
         k: usize,
@@ -322,16 +323,16 @@ mod tests {
         fn new(m: usize, n: usize, k: usize) -> Self {
             let mut rng = TestRng::new((m * 1_000_003 + n * 1009 + k) as u64);
             let (x, weight) = (rng.bf16s(m * k), rng.bf16s(n * k));
-            let shared = Arc::new(Shared::new(None));
+            let shared = Arc::new(Shared::new(None, false));
             let packed = PackedWeight::new(&shared, &weight, n, k).unwrap();
-            Self { x, weight, packed, pool: super::super::test_pool(2), m, n, k }
+            Self { x, weight, packed, executor: Executor::new(2), m, n, k }
         }
 
         fn run<O: LinearOutput>(&self, path: Path, rows: std::ops::Range<usize>) -> Vec<O> {
             let nan = O::from_sum(f32::NAN);
             let mut out = vec![nan; rows.len() * self.n];
             let x = &self.x[rows.start * self.k..rows.end * self.k];
-            self.packed.multiply_by(path, &self.pool, &mut Vec::new(), x, rows.len(), &mut out);
+            self.packed.multiply_by(path, &self.executor, &mut Vec::new(), x, rows.len(), &mut out);
             out
         }
 
@@ -407,13 +408,12 @@ mod tests {
         // The canary: reversing k must change some bit, or the tests above would accept any order.
         let (n, k) = (33, 129);
         let case = Case::new(1, n, k);
-        let reversed = |values: &[bf16]| -> Vec<bf16> {
-            values.chunks(k).flat_map(|row| row.iter().rev().copied()).collect()
-        };
-        let shared = Arc::new(Shared::new(None));
+        let reversed =
+            |values: &[bf16]| -> Vec<bf16> { values.chunks(k).flat_map(|row| row.iter().rev().copied()).collect() };
+        let shared = Arc::new(Shared::new(None, false));
         let packed = PackedWeight::new(&shared, &reversed(&case.weight), n, k).unwrap();
         let mut out = vec![f32::NAN; n];
-        packed.multiply(&case.pool, &mut Vec::new(), &reversed(&case.x), 1, &mut out);
+        packed.multiply(&case.executor, &mut Vec::new(), &reversed(&case.x), 1, &mut out);
         assert_ne!(out, case.run::<f32>(Path::detect(), 0..1));
     }
 
@@ -429,7 +429,7 @@ mod tests {
                 let mut best = f64::INFINITY;
                 for _ in 0..50 {
                     let start = std::time::Instant::now();
-                    case.packed.multiply(&case.pool, &mut scratch, &case.x, m, &mut out);
+                    case.packed.multiply(&case.executor, &mut scratch, &case.x, m, &mut out);
                     best = best.min(start.elapsed().as_secs_f64());
                 }
                 let rate = 2.0 * (m * n * k) as f64 / best / 1e9;

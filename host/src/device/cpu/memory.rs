@@ -22,6 +22,8 @@ pub(in crate::device) enum Fill {
 pub(in crate::device) struct Memory {
     pointer: NonNull<u8>,
     layout: Layout,
+    /// In checked mode.
+    shadow: Option<Arc<Shadow>>,
     shared: Arc<Shared>,
 }
 
@@ -65,7 +67,11 @@ impl Memory {
             // SAFETY: `bytes` bytes were just allocated there.
             unsafe { pointer.write_bytes(0xff, bytes) };
         }
-        let memory = Self { pointer, layout, shared: Arc::clone(shared) };
+        let shadow = shared.checked.then(|| Shadow::new(bytes));
+        if let (Some(shadow), Fill::Zero) = (&shadow, fill) {
+            shadow.mark_initialised(0..bytes);
+        }
+        let memory = Self { pointer, layout, shadow, shared: Arc::clone(shared) };
         shared.tracker.record(MemoryRecord {
             address: memory.address(),
             bytes: bytes as u64,
@@ -96,7 +102,7 @@ impl Memory {
     }
 
     pub(in crate::device) fn shadow(&self) -> *const Shadow {
-        std::ptr::null()
+        self.shadow.as_ref().map_or(std::ptr::null(), Arc::as_ptr)
     }
 }
 

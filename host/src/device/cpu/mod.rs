@@ -4,6 +4,7 @@ use std::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cuda_std::Element;
+use cuda_std::cpu::Executor;
 use cuda_std::launch::{Arg, Grid, Launch, ParamKind};
 use half::bf16;
 
@@ -12,14 +13,12 @@ pub(super) use memory::{Fill, Memory};
 
 use super::buffer::DeviceId;
 use super::{Buffer, DeviceError, LinearOutput, MemoryInfo, MemoryKind, MemoryTracker, Slice, SliceMut, Weight};
-use pool::Pool;
 
 mod linear;
 mod memory;
-mod pool;
 
 /// How the CPU device works. `Default` is what a server wants.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct CpuOptions {
     /// Threads that compute; 0 takes one per core.
     pub threads: usize,
@@ -31,10 +30,13 @@ pub struct CpuOptions {
     pub seed: u64,
 }
 
+/// A guard against a mistyped number.
+const MOST_THREADS: usize = 1024;
+
 /// The CPU device.
 pub struct Cpu {
     shared: Arc<Shared>,
-    pool: Pool,
+    executor: Executor,
     failure: Mutex<Option<DeviceError>>,
     /// The input of a linear layer as f32.
     scratch: Mutex<Vec<f32>>,
@@ -44,11 +46,12 @@ pub struct Cpu {
 pub(super) struct Shared {
     tracker: MemoryTracker,
     memory_limit_bytes: Option<u64>,
+    checked: bool,
 }
 
 impl Shared {
-    fn new(memory_limit_bytes: Option<u64>) -> Self {
-        Self { tracker: MemoryTracker::default(), memory_limit_bytes }
+    fn new(memory_limit_bytes: Option<u64>, checked: bool) -> Self {
+        Self { tracker: MemoryTracker::default(), memory_limit_bytes, checked }
     }
 
     fn id(self: &Arc<Self>) -> DeviceId {
@@ -79,10 +82,12 @@ impl Cpu {
     pub(super) fn new(options: CpuOptions) -> Result<Self, DeviceError> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = if options.threads == 0 { cores } else { options.threads };
-        let pool = Pool::new(threads)
-            .map_err(|error| DeviceError::InvalidDevice(format!("{threads} threads cannot be started: {error}")))?;
-        let shared = Arc::new(Shared::new(options.memory_limit_bytes));
-        Ok(Self { shared, pool, failure: Mutex::new(None), scratch: Mutex::new(Vec::new()) })
+        if threads > MOST_THREADS {
+            return Err(DeviceError::InvalidDevice(format!("{threads} threads; the CPU device takes {MOST_THREADS}")));
+        }
+        let executor = if options.checked { Executor::checked(options.seed) } else { Executor::new(threads) };
+        let shared = Arc::new(Shared::new(options.memory_limit_bytes, options.checked));
+        Ok(Self { shared, executor, failure: Mutex::new(None), scratch: Mutex::new(Vec::new()) })
     }
 
     pub(super) fn id(&self) -> DeviceId {
@@ -90,11 +95,11 @@ impl Cpu {
     }
 
     pub(super) fn name(&self) -> String {
-        format!("CPU, {} threads", self.pool.threads())
+        format!("CPU, {} threads", self.executor.threads())
     }
 
     pub(super) fn multiprocessors(&self) -> usize {
-        self.pool.threads()
+        self.executor.threads()
     }
 
     pub(super) fn tracker(&self) -> &MemoryTracker {
@@ -113,6 +118,11 @@ impl Cpu {
         self.failure().map_or(Ok(()), Err)
     }
 
+    /// Stops the device: a kernel that failed leaves anything in its outputs, as on a GPU.
+    fn fail(&self, error: DeviceError) -> DeviceError {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error).clone()
+    }
+
     /// This process's memory is where this device computes, so there is nothing to find.
     pub(super) fn verify_residency(&self) -> Result<(), DeviceError> {
         self.healthy()
@@ -126,8 +136,13 @@ impl Cpu {
         Memory::new(&self.shared, bytes, fill, kind, label)
     }
 
-    pub(super) fn upload<T: Element>(&self, destination: SliceMut<'_, T>, source: &[T]) -> Result<(), DeviceError> {
+    pub(super) fn upload<T: Element>(
+        &self,
+        destination: &mut SliceMut<'_, T>,
+        source: &[T],
+    ) -> Result<(), DeviceError> {
         self.healthy()?;
+        mark_written(destination);
         values_mut(destination).copy_from_slice(source);
         Ok(())
     }
@@ -141,25 +156,36 @@ impl Cpu {
     pub(super) fn copy<T: Element>(
         &self,
         source: Slice<'_, T>,
-        destination: SliceMut<'_, T>,
+        destination: &mut SliceMut<'_, T>,
     ) -> Result<(), DeviceError> {
         self.healthy()?;
+        if let (Some((from, read)), Some((to, written))) = (source.shadow(), destination.shadow()) {
+            for offset in (0..read.len()).step_by(size_of::<T>()) {
+                let element = |start: usize| start + offset..start + offset + size_of::<T>();
+                if from.is_initialised(element(read.start)) {
+                    to.mark_initialised(element(written.start));
+                } else {
+                    to.mark_uninitialised(element(written.start));
+                }
+            }
+        }
         values_mut(destination).copy_from_slice(values(source));
         Ok(())
     }
 
-    pub(super) fn fill_zero<T: Element>(&self, destination: SliceMut<'_, T>) -> Result<(), DeviceError> {
+    pub(super) fn fill_zero<T: Element>(&self, destination: &mut SliceMut<'_, T>) -> Result<(), DeviceError> {
         self.healthy()?;
+        mark_written(destination);
         let values = values_mut(destination);
         // SAFETY: zeros are a value of every element, and the slice is exclusively borrowed.
         unsafe { values.as_mut_ptr().write_bytes(0, values.len()) };
         Ok(())
     }
 
-    pub(super) fn launch(&self, launch: &Launch<'_>, _grid: Grid) -> Result<(), DeviceError> {
+    pub(super) fn launch(&self, launch: &Launch<'_>, grid: Grid) -> Result<(), DeviceError> {
         self.healthy()?;
         self.check_memory(launch)?;
-        Err(DeviceError::KernelLaunchFailed("the executor is not there yet".to_owned()))
+        self.executor.run(launch, grid).map_err(|fault| self.fail(DeviceError::KernelLaunchFailed(fault.to_string())))
     }
 
     /// Checks that every buffer is live memory of this device: a foreign address would be read as one of this process.
@@ -187,15 +213,23 @@ impl Cpu {
         x: Slice<'_, bf16>,
         m: usize,
         weight: &Weight,
-        out: SliceMut<'_, O>,
+        out: &mut SliceMut<'_, O>,
     ) -> Result<(), DeviceError> {
         self.healthy()?;
         let packed =
             weight.packed.as_ref().filter(|packed| packed.device() == self.id()).ok_or_else(|| {
                 DeviceError::InvalidParameter("the weight was prepared for another device".to_owned())
             })?;
+        if let Some((shadow, bytes)) = x.shadow()
+            && !shadow.is_initialised(bytes)
+        {
+            let text =
+                format!("a linear layer of {} x {} reads inputs that nobody has written", weight.n(), weight.k());
+            return Err(self.fail(DeviceError::KernelLaunchFailed(text)));
+        }
+        mark_written(out);
         let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-        packed.multiply(&self.pool, &mut scratch, values(x), m, values_mut(out));
+        packed.multiply(&self.executor, &mut scratch, values(x), m, values_mut(out));
         Ok(())
     }
 }
@@ -203,6 +237,13 @@ impl Cpu {
 impl std::fmt::Debug for Cpu {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.name())
+    }
+}
+
+/// Tells checked mode that the host has written the view.
+fn mark_written<T: Element>(slice: &SliceMut<'_, T>) {
+    if let Some((shadow, bytes)) = slice.shadow() {
+        shadow.mark_initialised(bytes);
     }
 }
 
@@ -217,19 +258,14 @@ fn element_bytes(name: &str) -> u64 {
 }
 
 /// The elements of a view of this device's memory.
-fn values<'a, T: Element>(slice: Slice<'a, T>) -> &'a [T] {
+fn values<T: Element>(slice: Slice<'_, T>) -> &[T] {
     // SAFETY: the view lies in an allocation whose provenance is exposed, which the borrow keeps alive and unwritten;
     // its bytes were initialised when it was allocated, and all bits are values of an element.
     unsafe { std::slice::from_raw_parts(with_exposed_provenance(slice.address() as usize), slice.len()) }
 }
 
 /// The elements of a writable view of this device's memory.
-fn values_mut<'a, T: Element>(slice: SliceMut<'a, T>) -> &'a mut [T] {
+fn values_mut<'a, T: Element>(slice: &'a mut SliceMut<'_, T>) -> &'a mut [T] {
     // SAFETY: as for `values`, and the view borrows its part exclusively.
     unsafe { std::slice::from_raw_parts_mut(with_exposed_provenance_mut(slice.address() as usize), slice.len()) }
-}
-
-#[cfg(test)]
-fn test_pool(threads: usize) -> Pool {
-    Pool::new(threads).unwrap()
 }

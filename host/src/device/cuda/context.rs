@@ -2,7 +2,7 @@
 
 use std::ffi::CStr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::sys::{self, CUdevice_attribute_enum as Attribute, CUresult};
 
@@ -21,6 +21,8 @@ pub(super) struct Context {
     shared_bytes_per_block: u32,
     total_bytes: u64,
     tracker: MemoryTracker,
+    /// Held while memory is freed, and while a check needs it to stay.
+    frees: Mutex<()>,
     failed: AtomicBool,
     failure: Mutex<Option<DeviceError>>,
 }
@@ -35,7 +37,8 @@ fn load_driver() -> Result<(), DeviceError> {
     // SAFETY: loads a library and runs its initialisers, which for the driver do nothing that we depend on.
     if !unsafe { sys::is_culib_present() } {
         return Err(DeviceError::DeviceNotFound(
-            "the NVIDIA driver's library libcuda.so was not found: install the driver, or use the CPU device".to_owned(),
+            "the NVIDIA driver's library libcuda.so was not found: install the driver, or use the CPU device"
+                .to_owned(),
         ));
     }
     // SAFETY: called before everything else; may be called again.
@@ -107,9 +110,8 @@ impl Context {
                 count - 1
             )));
         }
-        let fault = |what: &str, result| {
-            DeviceError::InvalidDevice(format!("GPU {ordinal}: {what}: {}", describe(result)))
-        };
+        let fault =
+            |what: &str, result| DeviceError::InvalidDevice(format!("GPU {ordinal}: {what}: {}", describe(result)));
         let checked = |result, what| match result {
             CUresult::CUDA_SUCCESS => Ok(()),
             error => Err(fault(what, error)),
@@ -144,10 +146,9 @@ impl Context {
         // SAFETY: the context was just retained; the second call writes one handle.
         let result = unsafe {
             match sys::cuCtxSetCurrent(context) {
-                CUresult::CUDA_SUCCESS => sys::cuStreamCreate(
-                    &raw mut stream,
-                    sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32,
-                ),
+                CUresult::CUDA_SUCCESS => {
+                    sys::cuStreamCreate(&raw mut stream, sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32)
+                }
                 error => error,
             }
         };
@@ -169,6 +170,7 @@ impl Context {
             shared_bytes_per_block,
             total_bytes: total_bytes as u64,
             tracker: MemoryTracker::default(),
+            frees: Mutex::new(()),
             failed: AtomicBool::new(false),
             failure: Mutex::new(None),
         })
@@ -209,6 +211,11 @@ impl Context {
 
     pub(super) fn tracker(&self) -> &MemoryTracker {
         &self.tracker
+    }
+
+    /// Keeps other threads from freeing memory while the guard lives.
+    pub(super) fn hold_frees(&self) -> MutexGuard<'_, ()> {
+        self.frees.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn failure(&self) -> Option<DeviceError> {

@@ -77,9 +77,11 @@ unsafe impl Send for Plan {}
 // SAFETY: as above.
 unsafe impl Sync for Plan {}
 
+type Destroy<H> = unsafe fn(H) -> cublasStatus_t;
+
 /// A handle of the library with the function that destroys it.
 struct Descriptor<H> {
-    handle: Option<(H, unsafe fn(H) -> cublasStatus_t)>,
+    handle: Option<(H, Destroy<H>)>,
 }
 
 impl<H> Default for Descriptor<H> {
@@ -321,8 +323,7 @@ fn operation() -> Result<Descriptor<cublasLtMatmulDesc_t>, DeviceError> {
 fn layout(ty: cudaDataType, rows: usize, cols: usize) -> Result<Descriptor<cublasLtMatrixLayout_t>, DeviceError> {
     let mut handle = std::ptr::null_mut();
     // SAFETY: writes one handle.
-    let status =
-        unsafe { sys::cublasLtMatrixLayoutCreate(&raw mut handle, ty, rows as u64, cols as u64, rows as i64) };
+    let status = unsafe { sys::cublasLtMatrixLayoutCreate(&raw mut handle, ty, rows as u64, cols as u64, rows as i64) };
     checked(status, "a layout")?;
     Ok(Descriptor { handle: Some((handle, sys::cublasLtMatrixLayoutDestroy as _)) })
 }
@@ -354,12 +355,7 @@ fn preference(alignment: u32) -> Result<Descriptor<sys::cublasLtMatmulPreference
     ] {
         // SAFETY: reads 4 bytes.
         let status = unsafe {
-            sys::cublasLtMatmulPreferenceSetAttribute(
-                handle,
-                attribute,
-                (&raw const value).cast(),
-                size_of_val(&value),
-            )
+            sys::cublasLtMatmulPreferenceSetAttribute(handle, attribute, (&raw const value).cast(), size_of_val(&value))
         };
         checked(status, &format!("{attribute:?}"))?;
     }

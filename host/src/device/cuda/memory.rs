@@ -65,6 +65,7 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
+        let _frees = self.context.hold_frees();
         self.context.tracker().forget(self.address);
         // SAFETY: allocated in `new`, freed once; work on the stream that may still use it is awaited first.
         unsafe {
@@ -119,6 +120,8 @@ pub(super) fn is_device_memory(context: &Context, address: u64) -> bool {
 /// Checks the first and the last byte of every tracked allocation.
 pub(super) fn verify_residency(context: &Context) -> Result<(), DeviceError> {
     context.enter()?;
+    // What is on record stays allocated while this looks.
+    let _frees = context.hold_frees();
     let records = context.tracker().records();
     let foreign: Vec<_> = records
         .iter()
@@ -200,12 +203,7 @@ impl Staging {
     ///
     /// # Safety
     /// The destination is live memory of the device for as many bytes, which nobody else uses.
-    pub(super) unsafe fn upload(
-        &self,
-        context: &Context,
-        destination: u64,
-        source: &[u8],
-    ) -> Result<(), DeviceError> {
+    pub(super) unsafe fn upload(&self, context: &Context, destination: u64, source: &[u8]) -> Result<(), DeviceError> {
         const FAULT: &str = "an upload failed";
         context.enter()?;
         if source.len() > STAGED_BYTES {
@@ -250,9 +248,8 @@ impl Staging {
         let bytes = destination.len();
         if bytes > STAGED_BYTES {
             // SAFETY: this function's contract; the destination is borrowed until the wait is over.
-            let result = unsafe {
-                sys::cuMemcpyDtoHAsync_v2(destination.as_mut_ptr().cast(), source, bytes, context.stream())
-            };
+            let result =
+                unsafe { sys::cuMemcpyDtoHAsync_v2(destination.as_mut_ptr().cast(), source, bytes, context.stream()) };
             let waited = context.synchronize();
             context.check(result, DeviceError::InferenceFailed, FAULT)?;
             return waited;

@@ -102,17 +102,15 @@ impl Cuda {
         self.context.synchronize()
     }
 
-    pub(super) fn alloc(
-        &self,
-        bytes: usize,
-        fill: Fill,
-        kind: MemoryKind,
-        label: &str,
-    ) -> Result<Memory, DeviceError> {
+    pub(super) fn alloc(&self, bytes: usize, fill: Fill, kind: MemoryKind, label: &str) -> Result<Memory, DeviceError> {
         Memory::new(&self.context, bytes, fill, kind, label)
     }
 
-    pub(super) fn upload<T: Element>(&self, destination: SliceMut<'_, T>, source: &[T]) -> Result<(), DeviceError> {
+    pub(super) fn upload<T: Element>(
+        &self,
+        destination: &mut SliceMut<'_, T>,
+        source: &[T],
+    ) -> Result<(), DeviceError> {
         // SAFETY: the view lies in live memory of this device and borrows it exclusively; elements have no padding.
         unsafe {
             let bytes = std::slice::from_raw_parts(source.as_ptr().cast::<u8>(), size_of_val(source));
@@ -123,10 +121,8 @@ impl Cuda {
     pub(super) fn download<T: Element>(&self, source: Slice<'_, T>, destination: &mut [T]) -> Result<(), DeviceError> {
         // SAFETY: the view lies in live memory of this device; all bits are values of an element.
         unsafe {
-            let bytes = std::slice::from_raw_parts_mut(
-                destination.as_mut_ptr().cast::<u8>(),
-                size_of_val::<[T]>(destination),
-            );
+            let bytes =
+                std::slice::from_raw_parts_mut(destination.as_mut_ptr().cast::<u8>(), size_of_val::<[T]>(destination));
             self.staging.download(&self.context, source.address(), bytes)
         }
     }
@@ -134,16 +130,14 @@ impl Cuda {
     pub(super) fn copy<T: Element>(
         &self,
         source: Slice<'_, T>,
-        destination: SliceMut<'_, T>,
+        destination: &mut SliceMut<'_, T>,
     ) -> Result<(), DeviceError> {
         // SAFETY: both views lie in live memory of this device, and the destination is borrowed exclusively, so they
         // do not overlap.
-        unsafe {
-            memory::copy(&self.context, source.address(), destination.address(), source.len() * size_of::<T>())
-        }
+        unsafe { memory::copy(&self.context, source.address(), destination.address(), source.len() * size_of::<T>()) }
     }
 
-    pub(super) fn fill_zero<T: Element>(&self, destination: SliceMut<'_, T>) -> Result<(), DeviceError> {
+    pub(super) fn fill_zero<T: Element>(&self, destination: &mut SliceMut<'_, T>) -> Result<(), DeviceError> {
         // SAFETY: the view lies in live memory of this device and borrows it exclusively.
         unsafe { memory::fill(&self.context, destination.address(), destination.len() * size_of::<T>(), 0) }
     }
@@ -157,7 +151,7 @@ impl Cuda {
         x: Slice<'_, bf16>,
         m: usize,
         weight: &Weight,
-        out: SliceMut<'_, O>,
+        out: &mut SliceMut<'_, O>,
         algorithm: Option<usize>,
     ) -> Result<(), DeviceError> {
         let rows = weight.rows()?.as_slice();

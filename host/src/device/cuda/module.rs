@@ -10,7 +10,7 @@ use cudarc::driver::sys::{self, CUfunction_attribute_enum as FunctionAttribute, 
 
 use super::context::Context;
 use crate::device::ptx::check;
-use crate::device::{DeviceError, KernelImages};
+use crate::device::{DeviceError, KernelImage, KernelImages};
 
 /// The kernels of one image.
 pub(super) struct Module {
@@ -45,7 +45,7 @@ impl Module {
         kernels: &[&'static KernelDesc],
     ) -> Result<Self, DeviceError> {
         let image = images.select(context.capability()).ok_or_else(|| {
-            let names: Vec<_> = images.images.iter().map(|image| image.name()).collect();
+            let names: Vec<_> = images.images.iter().map(KernelImage::name).collect();
             DeviceError::InvalidDevice(format!(
                 "{} has compute capability {}.{}; the kernels are built for {}",
                 context.name(),
@@ -59,20 +59,12 @@ impl Module {
             .map_err(|_| DeviceError::ModelLoadFailed(format!("the image {} has a NUL byte", image.name())))?;
         context.enter()?;
         let mut log = vec![0_u8; LOG_BYTES];
-        let mut options =
-            [JitOption::CU_JIT_ERROR_LOG_BUFFER, JitOption::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
-        let mut values: [*mut c_void; 2] =
-            [log.as_mut_ptr().cast(), std::ptr::without_provenance_mut(LOG_BYTES - 1)];
+        let mut options = [JitOption::CU_JIT_ERROR_LOG_BUFFER, JitOption::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
+        let mut values: [*mut c_void; 2] = [log.as_mut_ptr().cast(), std::ptr::without_provenance_mut(LOG_BYTES - 1)];
         let mut module = std::ptr::null_mut();
         // SAFETY: the text ends with a NUL; options and values are two each, and the log buffer has the size it says.
         let result = unsafe {
-            sys::cuModuleLoadDataEx(
-                &raw mut module,
-                ptx.as_ptr().cast(),
-                2,
-                options.as_mut_ptr(),
-                values.as_mut_ptr(),
-            )
+            sys::cuModuleLoadDataEx(&raw mut module, ptx.as_ptr().cast(), 2, options.as_mut_ptr(), values.as_mut_ptr())
         };
         let text = String::from_utf8_lossy(&log);
         let text = text.trim_end_matches('\0').trim();
