@@ -38,9 +38,8 @@ pub(super) enum Shape {
 #[derive(Clone, Debug)]
 pub(super) struct ApiError {
     pub(super) status: StatusCode,
-    pub(super) kind: &'static str,
     pub(super) code: Option<&'static str>,
-    pub(super) param: Option<String>,
+    pub(super) param: Option<&'static str>,
     pub(super) message: String,
     pub(super) violations: Vec<Violation>,
     worker_code: &'static str,
@@ -50,10 +49,9 @@ pub(super) struct ApiError {
 }
 
 impl ApiError {
-    fn new(status: StatusCode, kind: &'static str, worker_code: &'static str, message: String) -> Self {
+    fn new(status: StatusCode, worker_code: &'static str, message: String) -> Self {
         Self {
             status,
-            kind,
             code: None,
             param: None,
             message,
@@ -66,8 +64,8 @@ impl ApiError {
     }
 
     pub(super) fn invalid(param: impl Into<Option<&'static str>>, message: impl Into<String>) -> Self {
-        let mut this = Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", "INVALID_REQUEST", message.into());
-        this.param = param.into().map(str::to_owned);
+        let mut this = Self::new(StatusCode::BAD_REQUEST, "INVALID_REQUEST", message.into());
+        this.param = param.into();
         this
     }
 
@@ -86,37 +84,33 @@ impl ApiError {
         let message = format!(
             "there is no {path} here; try /v1/chat/completions, /v1/completions, /v1/models, /execute, /health or /version"
         );
-        Self::new(StatusCode::NOT_FOUND, "invalid_request_error", "NOT_FOUND", message).with_code("unknown_url")
+        Self::new(StatusCode::NOT_FOUND, "NOT_FOUND", message).with_code("unknown_url")
     }
 
     pub(super) fn unknown_model(asked: &str, ours: &str) -> Self {
         let message = format!("the model {asked:?} is not served here; this server has {ours:?}");
-        let mut this = Self::new(StatusCode::NOT_FOUND, "invalid_request_error", "NOT_FOUND", message)
-            .with_code("model_not_found");
-        this.param = Some("model".to_owned());
+        let mut this = Self::new(StatusCode::NOT_FOUND, "NOT_FOUND", message).with_code("model_not_found");
+        this.param = Some("model");
         this
     }
 
     pub(super) fn method(path: &str, allow: &'static str) -> Self {
         let message = format!("{path} takes {allow}");
-        let kind = "invalid_request_error";
-        let mut this = Self::new(StatusCode::METHOD_NOT_ALLOWED, kind, "METHOD_NOT_ALLOWED", message)
-            .with_code("method_not_allowed");
+        let mut this =
+            Self::new(StatusCode::METHOD_NOT_ALLOWED, "METHOD_NOT_ALLOWED", message).with_code("method_not_allowed");
         this.allow = Some(allow);
         this
     }
 
     pub(super) fn media_type(given: &str) -> Self {
         let message = format!("the body is {given}; send JSON with the header content-type: application/json");
-        let kind = "invalid_request_error";
-        Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, kind, "UNSUPPORTED_MEDIA_TYPE", message)
+        Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "UNSUPPORTED_MEDIA_TYPE", message)
             .with_code("unsupported_media_type")
     }
 
     pub(super) fn too_large(limit: usize) -> Self {
         let message = format!("the body is larger than {limit} bytes");
-        let mut this = Self::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", "BODY_TOO_LARGE", message)
-            .with_code("body_too_large");
+        let mut this = Self::new(StatusCode::PAYLOAD_TOO_LARGE, "BODY_TOO_LARGE", message).with_code("body_too_large");
         // The rest of the body is not worth reading.
         this.close = true;
         this
@@ -124,25 +118,21 @@ impl ApiError {
 
     pub(super) fn body_timeout() -> Self {
         let message = "the body did not arrive in time".to_owned();
-        let mut this = Self::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", "BODY_TIMEOUT", message)
-            .with_code("body_timeout");
+        let mut this = Self::new(StatusCode::REQUEST_TIMEOUT, "BODY_TIMEOUT", message).with_code("body_timeout");
         this.close = true;
         this
     }
 
     pub(super) fn queue_full(limit: usize) -> Self {
         let message = format!("the queue is full ({limit} requests waiting); try again later");
-        let mut this =
-            Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "QUEUE_FULL", message).with_code("queue_full");
+        let mut this = Self::new(StatusCode::TOO_MANY_REQUESTS, "QUEUE_FULL", message).with_code("queue_full");
         this.retry = true;
         this
     }
 
     pub(super) fn shutting_down() -> Self {
         let message = "the server is shutting down; send the request to another one".to_owned();
-        let mut this =
-            Self::new(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable_error", "SHUTTING_DOWN", message)
-                .with_code("shutting_down");
+        let mut this = Self::new(StatusCode::SERVICE_UNAVAILABLE, "SHUTTING_DOWN", message).with_code("shutting_down");
         this.retry = true;
         this.close = true;
         this
@@ -150,21 +140,29 @@ impl ApiError {
 
     pub(super) fn unhealthy(reason: &str) -> Self {
         let message = format!("the engine has stopped: {reason}; restart the server");
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable_error", "WORKER_UNHEALTHY", message)
-            .with_code("engine_stopped")
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "WORKER_UNHEALTHY", message).with_code("engine_stopped")
     }
 
     pub(super) fn internal(message: String) -> Self {
-        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", "INTERNAL", message).with_code("internal_error")
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "INTERNAL", message).with_code("internal_error")
     }
 
     pub(super) fn is_retriable(&self) -> bool {
         self.retry
     }
 
+    fn kind(&self) -> &'static str {
+        match self.status {
+            StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
+            StatusCode::SERVICE_UNAVAILABLE => "service_unavailable_error",
+            StatusCode::INTERNAL_SERVER_ERROR => "server_error",
+            _ => "invalid_request_error",
+        }
+    }
+
     /// The error object of an OpenAI body, also sent when a stream breaks.
     pub(super) fn openai_body(&self) -> serde_json::Value {
-        json!({"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}})
+        json!({"error": {"message": self.message, "type": self.kind(), "param": self.param, "code": self.code}})
     }
 
     fn worker_body(&self) -> serde_json::Value {

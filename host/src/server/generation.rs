@@ -20,12 +20,15 @@ struct Sink {
 
 impl EventSink for Sink {
     fn offer(&mut self, event: Event) -> Result<(), Refused> {
+        // The last place is kept for the last word: an answer that is complete must not fail for want of it. There is
+        // one sender, so the count cannot shrink behind its back.
+        if matches!(event, Event::Token(_)) && self.events.capacity() <= 1 && !self.events.is_closed() {
+            self.overflowed.store(true, Ordering::Release);
+            return Err(Refused::Full);
+        }
         self.events.try_send(event).map_err(|error| match error {
             mpsc::error::TrySendError::Closed(_) => Refused::Gone,
-            mpsc::error::TrySendError::Full(_) => {
-                self.overflowed.store(true, Ordering::Release);
-                Refused::Full
-            }
+            mpsc::error::TrySendError::Full(_) => Refused::Full,
         })
     }
 
@@ -70,7 +73,7 @@ pub(super) struct Generation {
 impl Generation {
     /// `keep_tokens` hands tokens on beside their text.
     pub(super) fn new(tokenizer: Arc<Tokenizer>, stop: &[String], keep_tokens: bool) -> (Self, Box<dyn EventSink>) {
-        let (sender, events) = mpsc::channel(EVENTS_WAITING);
+        let (sender, events) = mpsc::channel(EVENTS_WAITING + 1);
         let overflowed = Arc::new(AtomicBool::new(false));
         let this = Self {
             events,
@@ -176,4 +179,72 @@ pub(super) async fn collect(mut generations: Vec<Generation>) -> Result<Vec<Answ
     })
     .await?;
     Ok(answers)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use tokenizers::models::bpe::BPE;
+    use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+
+    use crate::engine::Finish;
+
+    use super::*;
+
+    fn tokenizer() -> Arc<Tokenizer> {
+        let vocab: HashMap<String, u32> = [("a".to_owned(), 0), ("b".to_owned(), 1)].into();
+        let mut inner = tokenizers::Tokenizer::new(BPE::new(vocab.into_iter().collect(), vec![]));
+        inner.with_decoder(Some(ByteLevel::default()));
+        Arc::new(Tokenizer::new(inner, vec![]))
+    }
+
+    fn token(id: u32) -> Event {
+        Event::Token(TokenEvent { id, logprob: None, top: vec![] })
+    }
+
+    const END: Event = Event::End(Finish { reason: FinishReason::Length, prompt_tokens: 1, generated_tokens: 256 });
+
+    fn collected(generation: Generation) -> Result<Answer, EngineError> {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(collect(vec![generation])).map(|mut answers| answers.remove(0))
+    }
+
+    #[test]
+    fn a_full_channel_still_takes_the_end() {
+        let (generation, mut sink) = Generation::new(tokenizer(), &[], false);
+        for _ in 0..EVENTS_WAITING {
+            assert_eq!(sink.offer(token(0)), Ok(()));
+        }
+        assert_eq!(sink.offer(END), Ok(()));
+        assert_eq!(sink.offer(END), Err(Refused::Full));
+        let answer = collected(generation).unwrap();
+        assert_eq!((answer.text, answer.end), ("a".repeat(EVENTS_WAITING), Some(End::Length)));
+        assert!(sink.is_gone());
+        assert_eq!(sink.offer(token(0)), Err(Refused::Gone));
+    }
+
+    #[test]
+    fn a_reader_that_is_too_slow_hears_so() {
+        let (generation, mut sink) = Generation::new(tokenizer(), &[], false);
+        for _ in 0..EVENTS_WAITING {
+            assert_eq!(sink.offer(token(0)), Ok(()));
+        }
+        assert_eq!(sink.offer(token(0)), Err(Refused::Full));
+        drop(sink);
+        assert_eq!(collected(generation).unwrap_err(), EngineError::SlowReader { limit: EVENTS_WAITING });
+    }
+
+    #[test]
+    fn a_stop_string_ends_the_generation_for_the_engine() {
+        let (generation, mut sink) = Generation::new(tokenizer(), &["ab".to_owned()], true);
+        for id in [1, 0, 0, 1, 0] {
+            sink.offer(token(id)).unwrap();
+        }
+        assert!(!sink.is_gone());
+        let answer = collected(generation).unwrap();
+        assert_eq!((answer.text.as_str(), answer.end), ("ba", Some(End::StopString(0))));
+        assert_eq!((answer.generated, answer.tokens.len()), (4, 4));
+        assert!(sink.is_gone());
+    }
 }

@@ -1,7 +1,12 @@
 //! A server on a free port of the loopback, with a scripted engine behind it, and a client that shows bytes as they are.
 //!
 //! The script stands in for the engine in tests of the protocol only; it computes nothing.
-#![allow(dead_code)]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    clippy::unwrap_used,
+    reason = "shared by several tests, each of which uses a part"
+)]
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
@@ -100,6 +105,36 @@ pub fn say(text: &'static [u8]) -> Arc<Script> {
     })
 }
 
+/// What the tests serve.
+pub fn app(script: Arc<Script>, limits: Limits) -> (App, Arc<Scripted>) {
+    let status = Status { healthy: true, resident: true, device_bytes_used: 1234, ..Status::default() };
+    let engine = Arc::new(Scripted {
+        script,
+        status: Mutex::new(status),
+        refusal: Mutex::new(None),
+        requests: Mutex::new(Vec::new()),
+    });
+    let template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}\
+                    {% if add_generation_prompt %}[assistant] {% endif %}";
+    let app = App {
+        engine: Arc::clone(&engine) as Arc<dyn Engine>,
+        tokenizer: Arc::new(tokenizer()),
+        template: Some(ChatTemplate::new(template.into(), String::new(), String::new()).unwrap()),
+        model: ModelInfo {
+            id: "org/demo".into(),
+            context_tokens: 40_000,
+            vocab_size: VOCAB,
+            eos_ids: vec![EOS],
+            device: "script".into(),
+            fingerprint: "fp_test".into(),
+            dtype: "bf16".into(),
+            created: 1_700_000_000,
+        },
+        limits,
+    };
+    (app, engine)
+}
+
 /// A running server.
 pub struct Fixture {
     pub address: SocketAddr,
@@ -114,31 +149,7 @@ impl Fixture {
     }
 
     pub fn with_limits(script: Arc<Script>, limits: Limits) -> Self {
-        let status = Status { healthy: true, resident: true, device_bytes_used: 1234, ..Status::default() };
-        let engine = Arc::new(Scripted {
-            script,
-            status: Mutex::new(status),
-            refusal: Mutex::new(None),
-            requests: Mutex::new(Vec::new()),
-        });
-        let template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}\
-                        {% if add_generation_prompt %}[assistant] {% endif %}";
-        let app = App {
-            engine: Arc::clone(&engine) as Arc<dyn Engine>,
-            tokenizer: Arc::new(tokenizer()),
-            template: Some(ChatTemplate::new(template.into(), String::new(), String::new()).unwrap()),
-            model: ModelInfo {
-                id: "org/demo".into(),
-                context_tokens: 40_000,
-                vocab_size: VOCAB,
-                eos_ids: vec![EOS],
-                device: "script".into(),
-                fingerprint: "fp_test".into(),
-                dtype: "bf16".into(),
-                created: 1_700_000_000,
-            },
-            limits,
-        };
+        let (app, engine) = app(script, limits);
         let (stop, stopped) = oneshot::channel::<()>();
         let (told, address) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {
@@ -286,7 +297,7 @@ impl Client {
             .filter_map(|line| line.split_once(": "))
             .map(|(name, value)| (name.to_ascii_lowercase(), value.to_owned()))
             .collect();
-        let mut chunks = Vec::new();
+        let mut chunks: Vec<String> = Vec::new();
         let body = match headers.get("content-length") {
             Some(length) => self.exactly(length.parse().unwrap()),
             None if headers.get("transfer-encoding").is_some_and(|v| v == "chunked") => loop {
