@@ -10,6 +10,7 @@ mod error;
 mod kv_cache;
 mod load;
 mod rope;
+pub mod self_test;
 #[cfg(test)]
 mod test_folder;
 mod transformer;
