@@ -217,7 +217,7 @@ impl From<EngineError> for ApiError {
     fn from(error: EngineError) -> Self {
         match &error {
             EngineError::Stopped => Self::shutting_down(),
-            EngineError::Device(_) | EngineError::SlowReader { .. } | EngineError::NoFiniteLogit { .. } => {
+            EngineError::Device(_) | EngineError::SlowReader | EngineError::NoFiniteLogit { .. } => {
                 Self::internal(error.to_string())
             }
         }
@@ -226,5 +226,5 @@ impl From<EngineError> for ApiError {
 
 /// Whether the same request may succeed when sent again.
 pub(super) fn is_retriable(error: &EngineError) -> bool {
-    matches!(error, EngineError::Stopped | EngineError::SlowReader { .. })
+    matches!(error, EngineError::Stopped | EngineError::SlowReader)
 }

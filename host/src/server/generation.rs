@@ -117,9 +117,7 @@ impl Generation {
                 },
                 Some(Event::Error(error)) => End::Failed(error),
                 // The engine dropped the request without a last word.
-                None if self.overflowed.load(Ordering::Acquire) => {
-                    End::Failed(EngineError::SlowReader { limit: EVENTS_WAITING })
-                }
+                None if self.overflowed.load(Ordering::Acquire) => End::Failed(EngineError::SlowReader),
                 None => End::Failed(EngineError::Stopped),
             };
             let tail = self.detokenizer.flush();
@@ -232,7 +230,7 @@ mod tests {
         }
         assert_eq!(sink.offer(token(0)), Err(Refused::Full));
         drop(sink);
-        assert_eq!(collected(generation).unwrap_err(), EngineError::SlowReader { limit: EVENTS_WAITING });
+        assert_eq!(collected(generation).unwrap_err(), EngineError::SlowReader);
     }
 
     #[test]
