@@ -43,7 +43,10 @@ macro_rules! shared_array {
         }
         #[cfg(not(target_arch = "nvptx64"))]
         {
-            $crate::Shared::<$t>::static_array(LENGTH)
+            // Its address tells this array from others, also from those of the same macro expansion, whose source
+            // location is the same.
+            static SITE: u8 = 0;
+            $crate::Shared::<$t>::static_array(&SITE, LENGTH)
         }
     }};
 }
@@ -84,12 +87,12 @@ impl<T: Element> Shared<T> {
         Self { address, length, _element: PhantomData }
     }
 
-    /// The array that belongs to the calling line. Called by [`shared_array!`](crate::shared_array).
+    /// The array that belongs to `site`, a static of its own. Called by [`shared_array!`](crate::shared_array).
     #[cfg(not(target_arch = "nvptx64"))]
     #[must_use]
     #[track_caller]
-    pub fn static_array(length: usize) -> Self {
-        Self { address: cpu::static_shared(length * size_of::<T>()), length: length as u32, _element: PhantomData }
+    pub fn static_array(site: &'static u8, length: usize) -> Self {
+        Self { address: cpu::static_shared(site, length * size_of::<T>()), length: length as u32, _element: PhantomData }
     }
 
     /// Elements in the array.
