@@ -278,6 +278,7 @@ fn a_drain_finishes_what_runs_and_takes_nothing_new() {
     idle.post("/v1/completions", WHOLE);
     let refused = idle.reply();
     assert_eq!((refused.status, &refused.json()["error"]["code"]), (503, &json!("shutting_down")));
+    assert_eq!(server.engine.requests.lock().unwrap().len(), 1, "it was refused at the door");
 
     dictate.send(b'y').unwrap();
     running.until("\"t\":\"y\"");

@@ -13,7 +13,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use host::engine::{Engine, Event, EventSink, Finish, FinishReason, Refused, Request, Status, SubmitError, TokenEvent};
 use host::server::{App, Drained, Limits, ModelInfo, bind, run};
@@ -256,12 +256,15 @@ impl Client {
 
     /// Reads until `pattern` has come; returns everything up to its end.
     pub fn until(&mut self, pattern: &str) -> String {
+        let started = Instant::now();
         loop {
-            let pattern = pattern.as_bytes();
-            if let Some(at) = self.buffer.windows(pattern.len()).position(|w| w == pattern) {
-                let rest = self.buffer.split_off(at + pattern.len());
+            let bytes = pattern.as_bytes();
+            if let Some(at) = self.buffer.windows(bytes.len()).position(|w| w == bytes) {
+                let rest = self.buffer.split_off(at + bytes.len());
                 return String::from_utf8(std::mem::replace(&mut self.buffer, rest)).unwrap();
             }
+            // Comments keep coming on a stream, so the socket's own time limit is not enough.
+            assert!(started.elapsed() < PATIENCE, "no {:?} in {:?}", pattern, String::from_utf8_lossy(&self.buffer));
             assert!(self.fill(), "closed before {:?}: {:?}", pattern, String::from_utf8_lossy(&self.buffer));
         }
     }
