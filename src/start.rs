@@ -7,6 +7,7 @@ use anyhow::anyhow;
 use host::device::{CpuOptions, Device, KernelImage, KernelImages};
 use host::engine::{EngineOptions, Handle, spawn};
 use host::model::Model;
+use host::verify;
 use kernels_gpu::KERNELS;
 
 use crate::cli::{DeviceChoice, ModelArguments};
@@ -30,6 +31,13 @@ pub(crate) struct Started {
 /// Opens the device, loads the model with a progress display, starts the engine.
 pub(crate) fn start(source: &ModelArguments, folder: &Path) -> anyhow::Result<Started> {
     let model = Arc::new(load(source, folder)?);
+    if let Some(line) = verify::quick(&model)?.iter().find(|line| !line.holds) {
+        anyhow::bail!(
+            "the numeric contract does not hold on this device: {}: {}; see lockstep verify",
+            line.claim,
+            line.detail
+        );
+    }
     let options = EngineOptions::for_device(model.device());
     // The thread ends with the process, or when the last handle is gone.
     let (engine, _thread) = spawn(Arc::clone(&model), options)?;

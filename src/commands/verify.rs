@@ -1,39 +1,48 @@
 //! `lockstep verify`: the numeric contract on this device with this model, as a table.
 
 use std::process::ExitCode;
+use std::sync::Arc;
 
-use host::model::{ModelConfig, self_test};
+use anyhow::bail;
+use host::model::ModelConfig;
+use host::verify::{self, Line};
 
 use crate::cli::VerifyArguments;
 use crate::model_folder;
 use crate::start::{describe, load};
 
-/// Tokens of the sequences that are cut into steps in several ways: one, within a span, across spans, and a long one.
-const SEQUENCE_TOKENS: [usize; 4] = [1, 17, 131, 1000];
-/// The CPU computes the long one in minutes; what could differ there shows in the shorter ones.
-const MOST_TOKENS_ON_CPU: usize = 131;
-/// Rows of a linear layer, at most, on the CPU, for the same reason.
-const MOST_ROWS_ON_CPU: usize = 129;
-
 /// Prints a line per promise; exits with 1 when one does not hold.
 pub(crate) fn run(arguments: &VerifyArguments) -> anyhow::Result<ExitCode> {
     let folder = model_folder::find(arguments.source.model.as_deref())?;
     ModelConfig::load(&folder)?;
-    let model = load(&arguments.source, &folder)?;
-    let on_cpu = !model.device().is_cuda();
+    let model = Arc::new(load(&arguments.source, &folder)?);
     println!("device  {}\nmodel   {}\n", describe(model.device()), model_folder::name(&folder));
-    let at_most = |counts: &[usize], most: usize| -> Vec<usize> {
-        counts.iter().copied().filter(|count| !on_cpu || *count <= most).collect()
-    };
-    let mut findings = self_test::linear_layers(&model, &at_most(&self_test::ROW_COUNTS, MOST_ROWS_ON_CPU))?;
-    findings.extend(self_test::sequences(&model, &at_most(&SEQUENCE_TOKENS, MOST_TOKENS_ON_CPU))?);
-    for finding in &findings {
-        println!("{finding}");
-    }
-    let failed = findings.iter().filter(|finding| !finding.holds()).count();
+    let (mut lines, mut failed) = (0, 0);
+    verify::full(&model, &mut |line| {
+        lines += 1;
+        failed += usize::from(!line.holds);
+        println!("{}", row(line));
+    })?;
     if failed > 0 {
-        anyhow::bail!("{failed} of {} lines fail: the numeric contract does not hold on this device", findings.len());
+        bail!("{failed} of {lines} lines fail: the numeric contract does not hold on this device");
     }
     println!("\nthe numeric contract holds");
     Ok(ExitCode::SUCCESS)
+}
+
+fn row(line: &Line) -> String {
+    let verdict = if line.holds { "ok  " } else { "FAIL" };
+    format!("{verdict}  {:<72}  {}", line.claim, line.detail)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_that_fails_says_so() {
+        let line = Line { claim: "a = b".to_owned(), detail: "3 of 4 differ".to_owned(), holds: false };
+        assert!(row(&line).starts_with("FAIL  a = b "));
+        assert!(row(&Line { holds: true, ..line }).starts_with("ok    a = b "));
+    }
 }

@@ -10,7 +10,6 @@ mod error;
 mod kv_cache;
 mod load;
 mod rope;
-pub mod self_test;
 #[cfg(test)]
 mod test_folder;
 mod transformer;
