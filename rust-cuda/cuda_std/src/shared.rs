@@ -92,7 +92,11 @@ impl<T: Element> Shared<T> {
     #[must_use]
     #[track_caller]
     pub fn static_array(site: &'static u8, length: usize) -> Self {
-        Self { address: cpu::static_shared(site, length * size_of::<T>()), length: length as u32, _element: PhantomData }
+        Self {
+            address: cpu::static_shared(site, length * size_of::<T>()),
+            length: length as u32,
+            _element: PhantomData,
+        }
     }
 
     /// Elements in the array.
