@@ -1,6 +1,7 @@
 //! `lockstep generate` against float32 transformers, on the small models of `tests/models`: log-probabilities of the five
 //! likeliest tokens, and the greedy token wherever its margin is beyond doubt. `tests/golden/small_models.json` says how the
 //! goldens were made; `tools/reference/compare.py` prints the same comparison as figures.
+#![expect(clippy::unwrap_used, reason = "a step that fails is a test that fails")]
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
