@@ -20,7 +20,7 @@ const FRESH: u8 = 0xff;
 struct Line([u8; DYNAMIC_ALIGNMENT]);
 
 struct StaticArray {
-    location: &'static Location<'static>,
+    place: *const u8,
     bytes: usize,
     offset: usize,
 }
@@ -63,12 +63,9 @@ impl Arena {
         unsafe { self.pointer().add(offset).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
     }
 
-    /// The array of `bytes` bytes that belongs to this line. Fails with the bytes that the block would need.
-    fn static_array(&mut self, bytes: usize, location: &'static Location<'static>) -> Result<usize, usize> {
-        let same = |array: &&StaticArray| {
-            array.bytes == bytes && (std::ptr::eq(array.location, location) || array.location == location)
-        };
-        if let Some(array) = self.arrays.iter().find(same) {
+    /// The array of `bytes` bytes that belongs to this place. Fails with the bytes that the block would need.
+    fn static_array(&mut self, bytes: usize, place: *const u8) -> Result<usize, usize> {
+        if let Some(array) = self.arrays.iter().find(|array| array.bytes == bytes && array.place == place) {
             return Ok(array.offset);
         }
         let offset = self.used;
@@ -77,18 +74,18 @@ impl Arena {
             return Err(end);
         }
         self.used = end.next_multiple_of(16);
-        self.arrays.push(StaticArray { location, bytes, offset });
+        self.arrays.push(StaticArray { place, bytes, offset });
         self.refresh(offset, bytes);
         Ok(offset)
     }
 }
 
 #[track_caller]
-pub(crate) fn static_shared(bytes: usize) -> u32 {
+pub(crate) fn static_shared(bytes: usize, place: &'static u8) -> u32 {
     let at = Location::caller();
     let (_, block) = running();
     // SAFETY: the block of the running thread; no other reference to it is alive.
-    match unsafe { (*block).arena.static_array(bytes, at) } {
+    match unsafe { (*block).arena.static_array(bytes, place) } {
         Ok(offset) => offset as u32,
         Err(bytes) => raise(FaultKind::SharedMemory { bytes, limit: SHARED_LIMIT, at: Some(at) }),
     }
