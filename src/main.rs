@@ -4,6 +4,7 @@
 
 mod cli;
 mod commands;
+mod fingerprint;
 mod model_folder;
 mod progress;
 mod start;

@@ -1,21 +1,89 @@
-//! Opening a device and loading a model onto it.
+//! Opening a device, loading a model onto it, starting the engine.
 
 use std::path::Path;
+use std::sync::Arc;
 
-use host::engine::Engine;
-use host::model::ModelConfig;
+use anyhow::anyhow;
+use host::device::{CpuOptions, Device, KernelImage, KernelImages};
+use host::engine::{EngineOptions, Handle, spawn};
+use host::model::Model;
+use host::verify;
+use kernels_gpu::KERNELS;
 
-use crate::cli::ModelArguments;
+use crate::cli::{DeviceChoice, ModelArguments};
+use crate::model_folder;
+use crate::progress::Progress;
+
+/// The GPU kernels this program carries. The device takes the best that it runs.
+pub(crate) const IMAGES: KernelImages<'static> = KernelImages {
+    images: &[
+        KernelImage { sm: 80, arch_specific: false, ptx: include_str!(env!("LOCKSTEP_PTX_SM_80")) },
+        KernelImage { sm: 90, arch_specific: true, ptx: include_str!(env!("LOCKSTEP_PTX_SM_90A")) },
+    ],
+};
 
 /// A model that answers.
 pub(crate) struct Started {
-    pub(crate) engine: Box<dyn Engine>,
-    pub(crate) config: ModelConfig,
-    pub(crate) context_tokens: usize,
+    pub(crate) engine: Handle,
+    pub(crate) model: Arc<Model>,
 }
 
 /// Opens the device, loads the model with a progress display, starts the engine.
 pub(crate) fn start(source: &ModelArguments, folder: &Path) -> anyhow::Result<Started> {
-    let _ = (source, folder);
-    anyhow::bail!("not connected yet")
+    let model = Arc::new(load(source, folder)?);
+    if let Some(line) = verify::quick(&model)?.iter().find(|line| !line.holds) {
+        anyhow::bail!(
+            "the numeric contract does not hold on this device: {}: {}; see lockstep verify",
+            line.claim,
+            line.detail
+        );
+    }
+    let options = EngineOptions::for_device(model.device());
+    // The thread ends with the process, or when the last handle is gone.
+    let (engine, _thread) = spawn(Arc::clone(&model), options)?;
+    Ok(Started { engine, model })
+}
+
+/// Opens the device and loads the model onto it.
+pub(crate) fn load(source: &ModelArguments, folder: &Path) -> anyhow::Result<Model> {
+    let device = open_device(source.device)?;
+    let mut progress = Progress::on_stderr(format!("loading {}", model_folder::name(folder)));
+    Ok(Model::load(&device, folder, None, &mut |done, total| progress.show(done, total))?)
+}
+
+/// The device in words, with the kernels it runs.
+pub(crate) fn describe(device: &Device) -> String {
+    match device.kernel_image() {
+        Some(image) => format!("{} ({image} kernels)", device.name()),
+        None => device.name(),
+    }
+}
+
+/// `auto` means the first GPU if there is one; a GPU that is there but cannot be used is an error, because answering a
+/// hundred times slower in silence helps nobody.
+fn open_device(choice: DeviceChoice) -> anyhow::Result<Device> {
+    match choice {
+        DeviceChoice::Cpu => cpu(),
+        DeviceChoice::Auto if Device::cuda_count() == 0 => cpu(),
+        DeviceChoice::Auto => {
+            Device::cuda(0, &IMAGES, KERNELS).map_err(|error| anyhow!("{error}; --device cpu works without the GPU"))
+        }
+        DeviceChoice::Cuda(ordinal) => Ok(Device::cuda(ordinal, &IMAGES, KERNELS)?),
+    }
+}
+
+fn cpu() -> anyhow::Result<Device> {
+    Ok(Device::cpu(CpuOptions::default())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_image_is_ptx_of_its_own_target() {
+        for image in IMAGES.images {
+            assert!(image.ptx.contains(&format!(".target {}", image.name())), "{}", image.name());
+        }
+    }
 }

@@ -4,6 +4,7 @@
 //! | --- | --- | --- |
 //! | [`server`] | HTTP, JSON, server-sent events (the only place that names hyper and tokio) | tensors, pages |
 //! | [`text`] | tokenizer, chat template, incremental detokenizer | devices, HTTP |
+//! | [`verify`] | the self-test of the numeric contract | text, HTTP |
 //! | [`engine`] | requests, the step loop on its own thread | text, HTTP |
 //! | [`model`] | configuration, weights, the transformer | requests |
 //! | [`ops`] | one safe function per kernel: checks shapes, chooses the grid, launches | models |
@@ -17,3 +18,4 @@ pub mod server;
 #[doc(hidden)]
 pub mod testing;
 pub mod text;
+pub mod verify;

@@ -15,6 +15,7 @@
 //! | `residual_add`, `silu_mul` | around the feed-forward layers |
 //! | `gather_rows` | the rows whose logits are needed |
 //! | `penalties`, `temperature`, `argmax`, `sample`, `log_probs` | from logits to a token (`rank`, `philox`: their parts) |
+//! | `differing` | bit comparison, for the self-test |
 #![cfg_attr(target_arch = "nvptx64", no_std)]
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch))]
 #![allow(
@@ -27,6 +28,7 @@ pub mod attention;
 pub mod attention_decode;
 pub mod attention_prefill;
 pub mod bias_add;
+pub mod differing;
 pub mod embedding;
 pub mod gather_rows;
 pub mod kv_write;
@@ -56,6 +58,8 @@ pub const KERNELS: &[&cuda_std::launch::KernelDesc] = &[
     attention_prefill::attention_prefill_96::KERNEL,
     attention_prefill::attention_prefill_128::KERNEL,
     bias_add::bias_add::KERNEL,
+    differing::differing_bf16::KERNEL,
+    differing::differing_f32::KERNEL,
     embedding::embedding::KERNEL,
     gather_rows::gather_rows::KERNEL,
     kv_write::kv_write::KERNEL,

@@ -36,10 +36,10 @@ pub(crate) fn run(arguments: &GenerateArguments) -> anyhow::Result<ExitCode> {
     let tokenizer = tokenizer(&folder, arguments)?;
     let prompt = prompt(&folder, arguments, tokenizer.as_ref())?;
     let started = start(&arguments.source, &folder)?;
-    let request = request(arguments, prompt, started.config.eos_ids.clone(), started.context_tokens);
+    let request = request(arguments, prompt, started.model.config().eos_ids.clone(), started.model.context_tokens());
     let form = if arguments.json { Form::Json } else { Form::Stream };
     let mut out = io::stdout().lock();
-    let summary = match answer(started.engine.as_ref(), tokenizer.as_ref(), request, form, &mut out) {
+    let summary = match answer(&started.engine, tokenizer.as_ref(), request, form, &mut out) {
         Err(error) if is_broken_pipe(&error) => return Ok(ExitCode::SUCCESS),
         other => other?,
     };

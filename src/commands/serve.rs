@@ -1,16 +1,79 @@
-//! `lockstep serve`.
+//! `lockstep serve`: the model over HTTP, until a signal ends it.
 
+use std::fmt::Write;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Instant, UNIX_EPOCH};
 
-use anyhow::anyhow;
+use anyhow::{anyhow, bail};
+use host::model::{Model, ModelConfig};
+use host::server::{App, Limits, ModelInfo};
+use host::text::{ChatTemplate, Tokenizer};
 
 use crate::cli::ServeArguments;
+use crate::fingerprint::fingerprint;
+use crate::model_folder;
+use crate::start::{IMAGES, Started, describe, start};
 
+/// Loads the model, announces it, serves.
 pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<ExitCode> {
-    let _ = arguments;
-    anyhow::bail!("not connected yet")
+    let began = Instant::now();
+    let folder = model_folder::find(arguments.source.model.as_deref())?;
+    // Everything that can be wrong without the weights is found before gigabytes are loaded; the server takes the port
+    // itself when it is ready.
+    ModelConfig::load(&folder)?;
+    let tokenizer = Arc::new(Tokenizer::load(&folder)?);
+    let template = ChatTemplate::load(&folder)?;
+    drop(bind(&arguments.host, arguments.port)?);
+
+    let Started { engine, model } = start(&arguments.source, &folder)?;
+    let chats = template.is_some();
+    let info = model_info(&model, &folder);
+    let mut announcement = announcement(&model, &info);
+    let app = App { engine: Arc::new(engine), tokenizer, template, model: info.clone(), limits: Limits::default() };
+    let drained = host::server::serve(&arguments.host, arguments.port, app, |address| {
+        let line = curl_line(address, &info.id, chats);
+        let seconds = began.elapsed().as_secs_f64();
+        let _ = write!(announcement, "listening  http://{address} after {seconds:.2} s\n\n{line}\n");
+        println!("{announcement}");
+    })?;
+    match drained.unfinished {
+        0 => Ok(ExitCode::SUCCESS),
+        count => bail!("stopped with {count} answers cut off"),
+    }
+}
+
+fn model_info(model: &Model, folder: &Path) -> ModelInfo {
+    let config = model.config();
+    let kernels: Vec<&str> = IMAGES.images.iter().map(|image| image.ptx).collect();
+    let modified = std::fs::metadata(&config.path).and_then(|metadata| metadata.modified()).ok();
+    let created = modified.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    ModelInfo {
+        id: model_folder::name(folder),
+        context_tokens: model.context_tokens(),
+        vocab_size: config.vocab,
+        eos_ids: config.eos_ids.clone(),
+        device: describe(model.device()),
+        fingerprint: fingerprint(model, folder, &kernels),
+        dtype: "bf16".into(),
+        created: created.map_or(0, |age| age.as_secs()),
+    }
+}
+
+fn announcement(model: &Model, info: &ModelInfo) -> String {
+    let (config, device) = (model.config(), model.device());
+    let mebibytes = device.tracker().total_bytes() >> 20;
+    format!(
+        "device     {}\nmodel      {} ({}, {} layers, context of {} tokens)\nmemory     {mebibytes} MiB\n",
+        info.device,
+        info.id,
+        config.architecture.name(),
+        config.layers,
+        info.context_tokens,
+    )
 }
 
 /// Takes the port before the model is loaded, so that a port in use is known at once.

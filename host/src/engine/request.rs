@@ -178,11 +178,8 @@ pub enum EngineError {
     #[error("the device failed: {0}")]
     Device(String),
     /// The reader did not keep up.
-    #[error("the reader did not keep up: {limit} events were waiting")]
-    SlowReader {
-        /// Events that may wait.
-        limit: usize,
-    },
+    #[error("the reader did not keep up, so its answer was ended; read events as they come")]
+    SlowReader,
     /// The engine was stopped before the answer was complete.
     #[error("the server is shutting down")]
     Stopped,
@@ -200,7 +197,7 @@ impl EngineError {
     pub fn code(&self) -> &'static str {
         match self {
             Self::Device(_) | Self::NoFiniteLogit { .. } => "INFERENCE_FAILED",
-            Self::SlowReader { .. } => "SLOW_READER",
+            Self::SlowReader => "SLOW_READER",
             Self::Stopped => "SHUTTING_DOWN",
         }
     }

@@ -7,12 +7,18 @@ pub mod architecture;
 mod checkpoint;
 mod config;
 mod error;
+mod kv_cache;
+mod load;
 mod rope;
 #[cfg(test)]
 mod test_folder;
+mod transformer;
 
 pub use architecture::{LayerWeights, Weight, Weights};
 pub use checkpoint::{Checkpoint, TensorView};
 pub use config::{Architecture, HEAD_WIDTHS, MAX_HEAD_RATIO, ModelConfig, WIDTH_MULTIPLE};
 pub use error::ModelError;
+pub use kv_cache::KvCache;
+pub use load::LoadError;
 pub use rope::{Rope, RopeScaling, RopeTable};
+pub use transformer::{Model, Prefill, Step, StepLimits, Workspace};

@@ -85,10 +85,7 @@ pub fn rotary(
     let grid = Grid::new_2d(blocks("rotary", rotated * half, 128)?, size("rotary", positions.len())?);
     let adjacent = u32::from(pairing == Pairing::Adjacent);
     let (stride, rotated, half) = (size("rotary", stride)?, size("rotary", rotated)?, size("rotary", half)?);
-    device.launch(
-        kernels_gpu::rotary::rotary::launch(qkv, positions, table, stride, rotated, half, adjacent),
-        grid,
-    )
+    device.launch(kernels_gpu::rotary::rotary::launch(qkv, positions, table, stride, rotated, half, adjacent), grid)
 }
 
 /// Stores keys and values of each row of `qkv` \[T, (H + 2 G) D\] at its position, rounded to bf16.
@@ -112,7 +109,13 @@ pub fn kv_write(
     let (rows, stride) = (positions.len(), heads.qkv_width());
     let shaped = rows > 0 && row_tables.len() == rows && qkv.len() == rows * stride && keys.len() == values.len();
     expect(shaped, "kv_write", || {
-        format!("qkv [{rows}, {stride}] of {}, row tables {}, pages {} and {}", qkv.len(), row_tables.len(), keys.len(), values.len())
+        format!(
+            "qkv [{rows}, {stride}] of {}, row tables {}, pages {} and {}",
+            qkv.len(),
+            row_tables.len(),
+            keys.len(),
+            values.len()
+        )
     })?;
     let kv_width = heads.kv_heads * heads.width;
     let grid = Grid::new_2d(blocks("kv_write", kv_width, 128)?, size("kv_write", rows)?);
@@ -168,10 +171,8 @@ pub fn attention_decode(
     })?;
     let needed = partials_len(heads, rows, spans);
     expect(partials.len() >= needed, NAME, || format!("{needed} partials, not {}", partials.len()))?;
-    let grid = Grid {
-        blocks: [size(NAME, spans)?, size(NAME, heads.kv_heads)?, size(NAME, rows)?],
-        dynamic_shared_bytes: 0,
-    };
+    let grid =
+        Grid { blocks: [size(NAME, spans)?, size(NAME, heads.kv_heads)?, size(NAME, rows)?], dynamic_shared_bytes: 0 };
     let kernel = match heads.width {
         32 => decode::attention_decode_32::launch,
         64 => decode::attention_decode_64::launch,
@@ -196,7 +197,13 @@ pub fn attention_decode(
         grid,
     )?;
     device.launch(
-        decode::attention_merge::launch(&partials.as_slice(), positions, out, size(NAME, heads.width)?, size(NAME, spans)?),
+        decode::attention_merge::launch(
+            &partials.as_slice(),
+            positions,
+            out,
+            size(NAME, heads.width)?,
+            size(NAME, spans)?,
+        ),
         Grid::new_2d(size(NAME, heads.query_heads)?, size(NAME, rows)?),
     )
 }

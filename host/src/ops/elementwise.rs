@@ -22,11 +22,7 @@ pub fn bias_add(device: &Device, x: &mut SliceMut<'_, f32>, bias: &Slice<'_, bf1
 ///
 /// # Errors
 /// A shape that does not fit, or the launch's error.
-pub fn residual_add(
-    device: &Device,
-    residual: &mut SliceMut<'_, f32>,
-    x: &Slice<'_, f32>,
-) -> Result<(), DeviceError> {
+pub fn residual_add(device: &Device, residual: &mut SliceMut<'_, f32>, x: &Slice<'_, f32>) -> Result<(), DeviceError> {
     let shaped = !x.is_empty() && x.len().is_multiple_of(4) && residual.len() == x.len();
     expect(shaped, "residual_add", || format!("lengths {} and {}, a multiple of 4", residual.len(), x.len()))?;
     let grid = Grid::new_1d(blocks("residual_add", x.len(), 1024)?);

@@ -86,10 +86,8 @@ where
     let (tokens, outputs) = shape("linear_kernel", x, rows, out.len(), width)?;
     expect(width.is_multiple_of(16), "linear_kernel", || format!("K = {width} is no multiple of 16"))?;
     debug_assert!(matches!(O::TYPE, OutputType::F32 | OutputType::Bf16));
-    let grid = Grid::new_2d(
-        blocks("linear_kernel", outputs, BLOCK_OUTPUTS)?,
-        blocks("linear_kernel", tokens, BLOCK_TOKENS)?,
-    );
+    let grid =
+        Grid::new_2d(blocks("linear_kernel", outputs, BLOCK_OUTPUTS)?, blocks("linear_kernel", tokens, BLOCK_TOKENS)?);
     let sizes = [size("linear_kernel", tokens)?, size("linear_kernel", outputs)?, size("linear_kernel", width)?];
     out.launch_chain(device, x, rows, sizes, grid)
 }

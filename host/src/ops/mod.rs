@@ -5,16 +5,18 @@
 //! and otherwise the launch's own error. The letters of the shapes are those of the crate `kernels_gpu`.
 
 mod attention;
+mod differing;
 mod elementwise;
 mod linear;
 mod rows;
 mod sampling;
 
 pub use attention::{HeadShape, Pages, attention_decode, attention_prefill, kv_write, partials_len, rotary};
+pub use differing::{Comparable, differing};
 pub use elementwise::{bias_add, residual_add, silu_mul};
 pub use kernels_gpu::kv_write::PAGE;
 pub use kernels_gpu::rotary::Pairing;
-pub use linear::{linear, linear_kernel, linear_plain};
+pub use linear::{LinearTarget, linear, linear_kernel, linear_plain};
 pub use rows::{embedding, gather_rows, rms_norm};
 pub use sampling::{LogProbs, SampleParams, argmax, log_probs, penalties, sample, temperature};
 

@@ -22,10 +22,7 @@ pub fn embedding(
         format!("ids [{}], table [V, {width}], out [{} x {width}] of {}", ids.len(), ids.len(), out.len())
     })?;
     let grid = Grid::new_1d(size("embedding", ids.len())?);
-    device.launch(
-        kernels_gpu::embedding::embedding::launch(ids, table, out, size("embedding", width)?),
-        grid,
-    )
+    device.launch(kernels_gpu::embedding::embedding::launch(ids, table, out, size("embedding", width)?), grid)
 }
 
 /// Rows `rows` \[R\] of `x` \[T, C\] into `out` \[R, C\].
@@ -44,10 +41,7 @@ pub fn gather_rows(
         format!("x [T, {width}] of {}, rows [{}], out of {}", x.len(), rows.len(), out.len())
     })?;
     let grid = Grid::new_1d(size("gather_rows", rows.len())?);
-    device.launch(
-        kernels_gpu::gather_rows::gather_rows::launch(x, rows, out, size("gather_rows", width)?),
-        grid,
-    )
+    device.launch(kernels_gpu::gather_rows::gather_rows::launch(x, rows, out, size("gather_rows", width)?), grid)
 }
 
 /// Normalises each row of `x` \[T, C\] by its root mean square, times `weight` \[C\], into `out` \[T, C\] (bf16).

@@ -85,10 +85,7 @@ pub fn argmax(device: &Device, logits: &Slice<'_, f32>, ids: &mut SliceMut<'_, u
     let vocab = logits.len().checked_div(ids.len()).unwrap_or(0);
     let rows = rows(NAME, logits.len(), vocab)?;
     expect(rows == ids.len(), NAME, || format!("{} ids for {rows} rows", ids.len()))?;
-    device.launch(
-        kernels_gpu::argmax::argmax::launch(logits, ids, size(NAME, vocab)?),
-        Grid::new_1d(size(NAME, rows)?),
-    )
+    device.launch(kernels_gpu::argmax::argmax::launch(logits, ids, size(NAME, vocab)?), Grid::new_1d(size(NAME, rows)?))
 }
 
 /// What the random choice needs to know of each row: arrays of \[R\].

@@ -83,7 +83,7 @@ impl Tokenizer {
         let token = |name: &str| tokenizer_config.as_ref().and_then(|c| token_text(c.get(name)?));
         this.bos_token = token("bos_token");
         this.eos_token = token("eos_token");
-        let ids = |file: &Option<Value>| file.as_ref().map(|c| eos_ids_of(c)).unwrap_or_default();
+        let ids = |file: &Option<Value>| file.as_ref().map(eos_ids_of).unwrap_or_default();
         let mut eos_ids = ids(&generation_config);
         if eos_ids.is_empty() {
             eos_ids = ids(&config);

@@ -43,9 +43,10 @@ macro_rules! shared_array {
         }
         #[cfg(not(target_arch = "nvptx64"))]
         {
-            // One address per expansion. The line would not do: inside another macro, arrays share that macro's line.
-            static PLACE: u8 = 0;
-            $crate::Shared::<$t>::static_array(LENGTH, &PLACE)
+            // Its address tells this array from others, also from those of the same macro expansion, whose source
+            // location is the same.
+            static SITE: u8 = 0;
+            $crate::Shared::<$t>::static_array(&SITE, LENGTH)
         }
     }};
 }
@@ -86,13 +87,16 @@ impl<T: Element> Shared<T> {
         Self { address, length, _element: PhantomData }
     }
 
-    /// The array that belongs to the address of `place`. Called by [`shared_array!`](crate::shared_array).
+    /// The array that belongs to `site`, a static of its own. Called by [`shared_array!`](crate::shared_array).
     #[cfg(not(target_arch = "nvptx64"))]
     #[must_use]
     #[track_caller]
-    pub fn static_array(length: usize, place: &'static u8) -> Self {
-        let address = cpu::static_shared(length * size_of::<T>(), place);
-        Self { address, length: length as u32, _element: PhantomData }
+    pub fn static_array(site: &'static u8, length: usize) -> Self {
+        Self {
+            address: cpu::static_shared(site, length * size_of::<T>()),
+            length: length as u32,
+            _element: PhantomData,
+        }
     }
 
     /// Elements in the array.

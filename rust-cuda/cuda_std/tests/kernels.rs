@@ -482,3 +482,26 @@ fn tasks_run_once_each() {
         assert!(seen.iter().all(|count| count.load(Ordering::Relaxed) == 1));
     }
 }
+
+macro_rules! two_arrays_in_one_expansion {
+    ($name:ident) => {
+        #[kernel(block = 32)]
+        fn $name(out: Out<u32>) {
+            let first = shared_array!(u32, 32);
+            let second = shared_array!(u32, 32);
+            let thread = thread::thread_idx_x() as usize;
+            first.set(thread, 1);
+            second.set(thread, 2);
+            out.set(thread, first.get(thread) * 10 + second.get(thread));
+        }
+    };
+}
+two_arrays_in_one_expansion!(shared_pair);
+
+/// Both arrays have one size and, being written by one macro call, one source location.
+#[test]
+fn arrays_of_one_macro_expansion_are_different() {
+    let mut out = Buffer::<u32>::uninitialised(32);
+    Executor::checked(1).run(&shared_pair::launch(&mut out), Grid::new_1d(1)).unwrap();
+    assert_eq!(out.as_slice(), [12; 32]);
+}

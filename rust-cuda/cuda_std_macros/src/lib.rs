@@ -10,7 +10,8 @@ use proc_macro2::TokenStream as Tokens;
 use quote::{format_ident, quote};
 use syn::parse::{Parse, ParseStream};
 use syn::{
-    Error, Expr, ExprLit, FnArg, GenericArgument, Ident, ItemFn, Lit, MetaNameValue, Pat, PathArguments, Result, Token, Type,
+    Error, Expr, ExprLit, FnArg, GenericArgument, Ident, ItemFn, Lit, MetaNameValue, Pat, PathArguments, Result, Token,
+    Type,
 };
 
 /// Marks a kernel: `#[kernel(block = 128)]`, with the threads of a block (a multiple of 32, at most 1024).

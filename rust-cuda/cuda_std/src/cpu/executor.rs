@@ -30,10 +30,14 @@ impl fmt::Debug for Executor {
 
 impl Executor {
     /// Fast mode on `threads` OS threads, the caller's among them: blocks run in parallel, and what costs little to
-    /// look for is found (indices out of bounds, misaligned vectors, rendezvous that can never take place).
+    /// look for is found (indices out of bounds, misaligned vectors, rendezvous that can never take place). A kernel
+    /// that spins until another thread writes is not found: it hangs, as it may on a GPU.
+    ///
+    /// More than 32 threads count as 32: each may need 1024 stacks of two mappings each, and Linux gives a process
+    /// 65530 mappings.
     #[must_use]
     pub fn new(threads: usize) -> Self {
-        Self(Mode::Fast(Pool::new(threads.saturating_sub(1))))
+        Self(Mode::Fast(Pool::new(threads.clamp(1, 32) - 1)))
     }
 
     /// Checked mode: one OS thread; blocks and threads run in an order that `seed` decides; races, reads of memory

@@ -20,8 +20,8 @@ const FRESH: u8 = 0xff;
 struct Line([u8; DYNAMIC_ALIGNMENT]);
 
 struct StaticArray {
-    place: *const u8,
-    bytes: usize,
+    /// Told apart by address.
+    site: &'static u8,
     offset: usize,
 }
 
@@ -63,9 +63,9 @@ impl Arena {
         unsafe { self.pointer().add(offset).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
     }
 
-    /// The array of `bytes` bytes that belongs to this place. Fails with the bytes that the block would need.
-    fn static_array(&mut self, bytes: usize, place: *const u8) -> Result<usize, usize> {
-        if let Some(array) = self.arrays.iter().find(|array| array.bytes == bytes && array.place == place) {
+    /// The array of `bytes` bytes that belongs to this site. Fails with the bytes that the block would need.
+    fn static_array(&mut self, site: &'static u8, bytes: usize) -> Result<usize, usize> {
+        if let Some(array) = self.arrays.iter().find(|array| std::ptr::eq(array.site, site)) {
             return Ok(array.offset);
         }
         let offset = self.used;
@@ -74,18 +74,18 @@ impl Arena {
             return Err(end);
         }
         self.used = end.next_multiple_of(16);
-        self.arrays.push(StaticArray { place, bytes, offset });
+        self.arrays.push(StaticArray { site, offset });
         self.refresh(offset, bytes);
         Ok(offset)
     }
 }
 
 #[track_caller]
-pub(crate) fn static_shared(bytes: usize, place: &'static u8) -> u32 {
+pub(crate) fn static_shared(site: &'static u8, bytes: usize) -> u32 {
     let at = Location::caller();
     let (_, block) = running();
     // SAFETY: the block of the running thread; no other reference to it is alive.
-    match unsafe { (*block).arena.static_array(bytes, place) } {
+    match unsafe { (*block).arena.static_array(site, bytes) } {
         Ok(offset) => offset as u32,
         Err(bytes) => raise(FaultKind::SharedMemory { bytes, limit: SHARED_LIMIT, at: Some(at) }),
     }

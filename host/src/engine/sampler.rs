@@ -1,0 +1,251 @@
+//! Chooses the next token of each row of logits, on the device: penalties and bias, temperature, top-k, top-p, min-p,
+//! draw. One small copy of ids per step comes back.
+
+use std::collections::BTreeMap;
+
+use super::Sampling;
+use crate::device::{Buffer, Device, DeviceError, MemoryKind, Slice};
+use crate::ops::{self, LogProbs, SampleParams};
+
+/// A row whose next token is wanted.
+#[derive(Clone, Copy, Debug)]
+pub struct SampleRow<'a> {
+    /// How to choose.
+    pub sampling: &'a Sampling,
+    /// How often each token was generated so far.
+    pub counts: &'a BTreeMap<u32, u32>,
+    /// The position of the token to choose.
+    pub position: u32,
+    /// Log-probabilities are wanted, of this many most likely tokens too.
+    pub logprobs: Option<u32>,
+}
+
+/// A chosen token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampled {
+    /// Its id, or none where no logit is finite.
+    pub id: Option<u32>,
+    /// Its log-probability, where wanted.
+    pub logprob: Option<f32>,
+    /// The most likely tokens with theirs, where wanted.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// The most tokens whose log-probabilities can be asked for.
+pub const MAX_TOP_LOGPROBS: u32 = 20;
+
+/// The sampler's memory, for up to a fixed number of rows.
+#[derive(Debug)]
+pub struct Sampler {
+    device: Device,
+    vocab: usize,
+    scratch: Buffer<f32>,
+    ids: Buffer<u32>,
+    seeds: Buffer<u64>,
+    positions: Buffer<u32>,
+    top_ks: Buffer<u32>,
+    /// temperature, top-p, min-p, repetition, frequency, presence: \[6, rows\].
+    floats: Buffer<f32>,
+    /// Rows, tokens and counts of penalty entries.
+    entries: Entries,
+    top_ids: Buffer<u32>,
+    top_values: Buffer<f32>,
+    rows: usize,
+}
+
+/// Penalty entries on the device.
+#[derive(Debug)]
+struct Entries {
+    words: Buffer<u32>,
+    biases: Buffer<f32>,
+}
+
+impl Sampler {
+    /// A sampler of up to `rows` rows of `vocab` logits.
+    ///
+    /// # Errors
+    /// No memory, or a size of 0.
+    pub fn new(device: &Device, rows: usize, vocab: usize) -> Result<Self, DeviceError> {
+        let kind = MemoryKind::Activations;
+        let listed = rows * MAX_TOP_LOGPROBS as usize;
+        // A row lists each token at most once.
+        let entries = rows * vocab;
+        Ok(Self {
+            device: device.clone(),
+            vocab,
+            scratch: device.alloc_unwritten(rows * vocab, kind, "logits after temperature")?,
+            ids: device.alloc_unwritten(rows, kind, "chosen tokens")?,
+            seeds: device.alloc_unwritten(rows, kind, "seeds")?,
+            positions: device.alloc_unwritten(rows, kind, "positions of chosen tokens")?,
+            top_ks: device.alloc_unwritten(rows, kind, "top-k")?,
+            floats: device.alloc_unwritten(6 * rows, kind, "sampling parameters")?,
+            entries: Entries {
+                words: device.alloc_unwritten(3 * entries, kind, "penalty entries")?,
+                biases: device.alloc_unwritten(entries, kind, "logit biases")?,
+            },
+            top_ids: device.alloc_unwritten(listed, kind, "most likely tokens")?,
+            top_values: device.alloc_unwritten(listed + rows, kind, "log-probabilities")?,
+            rows,
+        })
+    }
+
+    /// Chooses a token for each of `rows`; `logits` is \[R, V\] and stays as it is.
+    ///
+    /// # Errors
+    /// More rows than the sampler has, or the device's error.
+    pub fn sample(&mut self, logits: &Slice<'_, f32>, rows: &[SampleRow<'_>]) -> Result<Vec<Sampled>, DeviceError> {
+        let count = rows.len();
+        if count == 0 || count > self.rows || logits.len() != count * self.vocab {
+            return Err(DeviceError::InvalidParameter(format!(
+                "{count} rows of {} logits in all, for a sampler of {} rows of {}",
+                logits.len(),
+                self.rows,
+                self.vocab
+            )));
+        }
+        self.choose(logits, rows)?;
+        let probabilities = self.log_probs(logits, rows)?;
+        let ids = self.device.download(self.ids.slice(..count)?)?;
+        Ok(ids
+            .into_iter()
+            .enumerate()
+            .map(|(row, id)| {
+                let (logprob, top) = probabilities.row(row, rows[row].logprobs);
+                Sampled { id: (id != u32::MAX).then_some(id), logprob, top }
+            })
+            .collect())
+    }
+
+    /// Leaves the chosen ids in `self.ids`.
+    fn choose(&mut self, logits: &Slice<'_, f32>, rows: &[SampleRow<'_>]) -> Result<(), DeviceError> {
+        let (device, count) = (&self.device, rows.len());
+        let mut ids = self.ids.slice_mut(..count)?;
+        let adjusted = rows.iter().any(|row| has_penalties(row));
+        if !adjusted && rows.iter().all(|row| row.sampling.temperature == 0.0) {
+            return ops::argmax(device, logits, &mut ids);
+        }
+
+        let mut scratch = self.scratch.slice_mut(..count * self.vocab)?;
+        device.copy(*logits, scratch.slice_mut(..)?)?;
+        let column = |value: fn(&Sampling) -> f32| rows.iter().map(move |row| value(row.sampling));
+        let floats: Vec<f32> = column(|s| s.temperature)
+            .chain(column(|s| s.top_p))
+            .chain(column(|s| s.min_p))
+            .chain(column(|s| s.repetition_penalty))
+            .chain(column(|s| s.frequency_penalty))
+            .chain(column(|s| s.presence_penalty))
+            .collect();
+        device.upload(self.floats.slice_mut(..floats.len())?, &floats)?;
+        let parameter = |index: usize| self.floats.slice(index * count..(index + 1) * count);
+
+        if adjusted {
+            let entries = penalty_entries(rows);
+            let listed = entries.len();
+            let words: Vec<u32> = entries
+                .iter()
+                .map(|entry| entry.row)
+                .chain(entries.iter().map(|entry| entry.token))
+                .chain(entries.iter().map(|entry| entry.count))
+                .collect();
+            let biases: Vec<f32> = entries.iter().map(|entry| entry.bias).collect();
+            if listed > 0 {
+                device.upload(self.entries.words.slice_mut(..3 * listed)?, &words)?;
+                device.upload(self.entries.biases.slice_mut(..listed)?, &biases)?;
+            }
+            let words = |index: usize| self.entries.words.slice(index * listed..(index + 1) * listed);
+            ops::penalties(
+                device,
+                &mut scratch,
+                &words(0)?,
+                &words(1)?,
+                &words(2)?,
+                &self.entries.biases.slice(..listed)?,
+                &parameter(3)?,
+                &parameter(4)?,
+                &parameter(5)?,
+            )?;
+        }
+        ops::temperature(device, &mut scratch, &parameter(0)?)?;
+
+        let seeds: Vec<u64> = rows.iter().map(|row| row.sampling.seed).collect();
+        let positions: Vec<u32> = rows.iter().map(|row| row.position).collect();
+        // At temperature 0 the first token of the one order is taken: top-k of 1.
+        let top_ks: Vec<u32> =
+            rows.iter().map(|row| if row.sampling.temperature == 0.0 { 1 } else { row.sampling.top_k }).collect();
+        device.upload(self.seeds.slice_mut(..count)?, &seeds)?;
+        device.upload(self.positions.slice_mut(..count)?, &positions)?;
+        device.upload(self.top_ks.slice_mut(..count)?, &top_ks)?;
+        let params = SampleParams {
+            seeds: self.seeds.slice(..count)?,
+            positions: self.positions.slice(..count)?,
+            top_ks: self.top_ks.slice(..count)?,
+            top_ps: parameter(1)?,
+            min_ps: parameter(2)?,
+        };
+        ops::sample(device, &scratch.as_slice(), params, &mut ids)
+    }
+
+    fn log_probs(&mut self, logits: &Slice<'_, f32>, rows: &[SampleRow<'_>]) -> Result<Listed, DeviceError> {
+        let Some(per_row) = rows.iter().filter_map(|row| row.logprobs).max() else {
+            return Ok(Listed::default());
+        };
+        let (device, count) = (&self.device, rows.len());
+        let per_row = per_row.min(MAX_TOP_LOGPROBS) as usize;
+        let mut out = LogProbs {
+            ids: self.top_ids.slice_mut(..count * per_row)?,
+            values: self.top_values.slice_mut(..count * (1 + per_row))?,
+        };
+        ops::log_probs(device, logits, &self.ids.slice(..count)?, &mut out)?;
+        let ids = if per_row > 0 { device.download(out.ids.as_slice())? } else { Vec::new() };
+        Ok(Listed { per_row, ids, values: device.download(out.values.as_slice())? })
+    }
+}
+
+/// Log-probabilities of every row.
+#[derive(Default)]
+struct Listed {
+    per_row: usize,
+    ids: Vec<u32>,
+    values: Vec<f32>,
+}
+
+impl Listed {
+    fn row(&self, row: usize, wanted: Option<u32>) -> (Option<f32>, Vec<(u32, f32)>) {
+        let Some(wanted) = wanted else { return (None, Vec::new()) };
+        let values = &self.values[row * (1 + self.per_row)..(row + 1) * (1 + self.per_row)];
+        let ids = &self.ids[row * self.per_row..(row + 1) * self.per_row];
+        let top = ids.iter().zip(&values[1..]).take(wanted as usize).filter(|(id, _)| **id != u32::MAX);
+        (Some(values[0]), top.map(|(&id, &value)| (id, value)).collect())
+    }
+}
+
+fn has_penalties(row: &SampleRow<'_>) -> bool {
+    let Sampling { repetition_penalty, frequency_penalty, presence_penalty, logit_bias, .. } = row.sampling;
+    let penalised = *repetition_penalty != 1.0 || *frequency_penalty != 0.0 || *presence_penalty != 0.0;
+    !logit_bias.is_empty() || (penalised && !row.counts.is_empty())
+}
+
+struct PenaltyEntry {
+    row: u32,
+    token: u32,
+    count: u32,
+    bias: f32,
+}
+
+/// Each (row, token) that a penalty or a bias concerns, once, in order.
+fn penalty_entries(rows: &[SampleRow<'_>]) -> Vec<PenaltyEntry> {
+    let mut entries = Vec::new();
+    for (index, row) in rows.iter().enumerate() {
+        let mut tokens: BTreeMap<u32, (u32, f32)> = row.counts.iter().map(|(&id, &count)| (id, (count, 0.0))).collect();
+        for &(id, bias) in &row.sampling.logit_bias {
+            tokens.entry(id).or_insert((0, 0.0)).1 += bias;
+        }
+        entries.extend(tokens.into_iter().map(|(token, (count, bias))| PenaltyEntry {
+            row: index as u32,
+            token,
+            count,
+            bias,
+        }));
+    }
+    entries
+}

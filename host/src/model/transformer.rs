@@ -1,0 +1,368 @@
+//! The transformer: one step of any number of rows, each a token of some sequence.
+//!
+//! Rounding points, all of them (everything between is f32): the normalised rows; queries, keys and values after bias
+//! and rotation; attention probabilities; attention's output; gate and up; their product. The residual stream stays f32.
+
+use std::path::Path;
+
+use half::bf16;
+
+use super::load::{self, Layer, LoadError, Parameters};
+use super::{Checkpoint, KvCache, ModelConfig};
+use crate::device::{Buffer, Device, DeviceError, MemoryKind, Slice, Weight};
+use crate::ops::{self, HeadShape, PAGE, Pairing};
+
+/// A model on a device.
+#[derive(Debug)]
+pub struct Model {
+    device: Device,
+    config: ModelConfig,
+    context_tokens: usize,
+    fingerprint: [u8; 32],
+    parameters: Parameters,
+    rope_table: Buffer<f32>,
+}
+
+/// Some rows of a step that are consecutive tokens of one sequence, more than one or not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Prefill {
+    /// Their first row in the step.
+    pub first_row: usize,
+    /// How many.
+    pub rows: usize,
+    /// The first one's position in its sequence.
+    pub first_position: usize,
+    /// Where their sequence's page table starts in [`Step::page_tables`].
+    pub table_start: usize,
+    /// Pages in that table.
+    pub table_len: usize,
+}
+
+/// What a step computes. A row is a token; first the rows that are one new token of a sequence each, then the prefills.
+#[derive(Clone, Copy, Debug)]
+pub struct Step<'a> {
+    /// \[T\] token ids.
+    pub tokens: &'a [u32],
+    /// \[T\] positions in their sequences.
+    pub positions: &'a [u32],
+    /// \[T\] where each row's sequence starts in `page_tables`.
+    pub row_tables: &'a [u32],
+    /// The page tables of all sequences, one after the other.
+    pub page_tables: &'a [u32],
+    /// Rows that are single tokens: these come first.
+    pub decode_rows: usize,
+    /// The other rows, in order and without gaps.
+    pub prefills: &'a [Prefill],
+    /// Rows whose logits are wanted.
+    pub logits_rows: &'a [u32],
+}
+
+/// How large a step may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepLimits {
+    /// Rows.
+    pub rows: usize,
+    /// Rows that are single tokens.
+    pub decode_rows: usize,
+    /// Rows with logits.
+    pub logits_rows: usize,
+    /// Entries of all page tables together.
+    pub table_entries: usize,
+}
+
+/// The memory of a step's intermediate values, allocated once and used again by each step.
+#[derive(Debug)]
+pub struct Workspace {
+    limits: StepLimits,
+    /// Tokens, positions, row tables, logits rows and page tables of a step: one upload.
+    indices: Buffer<u32>,
+    staging: Vec<u32>,
+    residual: Buffer<f32>,
+    normed: Buffer<bf16>,
+    qkv: Buffer<f32>,
+    partials: Buffer<f32>,
+    attended: Buffer<bf16>,
+    delta: Buffer<f32>,
+    gate_up: Buffer<bf16>,
+    gated: Buffer<bf16>,
+    head_rows: Buffer<f32>,
+    head_normed: Buffer<bf16>,
+    logits: Buffer<f32>,
+}
+
+impl Model {
+    /// Loads the model in `folder`. It serves contexts of up to `context_tokens` (the model's own maximum where none is
+    /// given). `progress(done, total)` is told bytes.
+    ///
+    /// # Errors
+    /// [`LoadError`], whose text names the file or tensor, or the memory that was missing.
+    pub fn load(
+        device: &Device,
+        folder: &Path,
+        context_tokens: Option<usize>,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self, LoadError> {
+        let config = ModelConfig::load(folder)?;
+        let context_tokens = config.context_tokens(context_tokens)?;
+        let checkpoint = Checkpoint::open(folder)?;
+        let parameters = load::parameters(device, &config, &checkpoint, progress)?;
+        let table = config.rope.table(context_tokens, config.head_width);
+        let rope_table = device.alloc_from(table.as_flat(), MemoryKind::Weights, "rotary table")?;
+        device.verify_residency()?;
+        Ok(Self {
+            device: device.clone(),
+            config,
+            context_tokens,
+            fingerprint: checkpoint.fingerprint(),
+            parameters,
+            rope_table,
+        })
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Its configuration.
+    #[must_use]
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Tokens of a context, prompt and answer together.
+    #[must_use]
+    pub fn context_tokens(&self) -> usize {
+        self.context_tokens
+    }
+
+    /// A digest of its weights.
+    #[must_use]
+    pub fn fingerprint(&self) -> [u8; 32] {
+        self.fingerprint
+    }
+
+    /// Its attention heads.
+    #[must_use]
+    pub fn heads(&self) -> HeadShape {
+        HeadShape {
+            query_heads: self.config.query_heads,
+            kv_heads: self.config.kv_heads,
+            width: self.config.head_width,
+        }
+    }
+
+    /// Every linear layer of the first block, and the head, by name: the shapes whose numeric contract is tested.
+    #[must_use]
+    pub fn linear_layers(&self) -> Vec<(&'static str, &Weight)> {
+        let mut layers = Vec::new();
+        if let Some(layer) = self.parameters.layers.first() {
+            layers.push(("qkv", &layer.qkv));
+            layers.push(("attention output", &layer.output));
+            layers.push(("gate and up", &layer.gate_up));
+            layers.push(("down", &layer.down));
+        }
+        layers.push(("head", self.head()));
+        layers
+    }
+
+    /// A KV cache of `page_count` pages for this model.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn kv_cache(&self, page_count: usize) -> Result<KvCache, DeviceError> {
+        KvCache::new(&self.device, self.config.layers, self.heads(), page_count)
+    }
+
+    /// A workspace for steps up to `limits`.
+    ///
+    /// # Errors
+    /// No memory, or a limit of 0.
+    pub fn workspace(&self, limits: StepLimits) -> Result<Workspace, DeviceError> {
+        let (config, heads, device) = (&self.config, self.heads(), &self.device);
+        let spans = self.context_tokens.div_ceil(PAGE);
+        let indices = 3 * limits.rows + limits.logits_rows + limits.table_entries;
+        let activation = |len: usize, label: &str| device.alloc_unwritten::<f32>(len, MemoryKind::Activations, label);
+        let operand = |len: usize, label: &str| device.alloc_unwritten::<bf16>(len, MemoryKind::Activations, label);
+        Ok(Workspace {
+            limits,
+            indices: device.alloc_unwritten(indices, MemoryKind::Activations, "step indices")?,
+            staging: Vec::with_capacity(indices),
+            residual: activation(limits.rows * config.hidden, "residual stream")?,
+            normed: operand(limits.rows * config.hidden, "normalised rows")?,
+            qkv: activation(limits.rows * heads.qkv_width(), "queries, keys and values")?,
+            partials: activation(ops::partials_len(heads, limits.decode_rows, spans), "attention partials")?,
+            attended: operand(limits.rows * heads.query_width(), "attention output")?,
+            delta: activation(limits.rows * config.hidden, "layer output")?,
+            gate_up: operand(limits.rows * 2 * config.ffn, "gate and up")?,
+            gated: operand(limits.rows * config.ffn, "gated")?,
+            head_rows: activation(limits.logits_rows * config.hidden, "rows with logits")?,
+            head_normed: operand(limits.logits_rows * config.hidden, "normalised rows with logits")?,
+            logits: activation(limits.logits_rows * config.vocab, "logits")?,
+        })
+    }
+
+    fn head(&self) -> &Weight {
+        self.parameters.head.as_ref().unwrap_or(&self.parameters.embedding)
+    }
+
+    /// Computes a step: stores its keys and values in `cache`, and leaves the logits of [`Step::logits_rows`] in
+    /// [`Workspace::logits`].
+    ///
+    /// # Errors
+    /// A step beyond the workspace's limits or the vocabulary, or the device's error.
+    pub fn forward(&self, step: &Step<'_>, cache: &mut KvCache, workspace: &mut Workspace) -> Result<(), DeviceError> {
+        self.check(step, cache, workspace)?;
+        let (config, heads, device) = (&self.config, self.heads(), &self.device);
+        let (rows, hidden) = (step.tokens.len(), config.hidden);
+
+        let Workspace { indices, staging, residual, normed, qkv, partials, attended, delta, gate_up, gated, .. } =
+            workspace;
+        staging.clear();
+        for part in [step.tokens, step.positions, step.row_tables, step.page_tables, step.logits_rows] {
+            staging.extend_from_slice(part);
+        }
+        device.upload(indices.slice_mut(..staging.len())?, staging)?;
+        let tokens = indices.slice(..rows)?;
+        let positions = indices.slice(rows..2 * rows)?;
+        let row_tables = indices.slice(2 * rows..3 * rows)?;
+        let tables_end = 3 * rows + step.page_tables.len();
+        let page_tables = indices.slice(3 * rows..tables_end)?;
+
+        let mut residual = residual.slice_mut(..rows * hidden)?;
+        let mut normed = normed.slice_mut(..rows * hidden)?;
+        let mut qkv = qkv.slice_mut(..rows * heads.qkv_width())?;
+        let mut attended = attended.slice_mut(..rows * heads.query_width())?;
+        let mut delta = delta.slice_mut(..rows * hidden)?;
+        let mut gate_up = gate_up.slice_mut(..rows * 2 * config.ffn)?;
+        let mut gated = gated.slice_mut(..rows * config.ffn)?;
+        let longest = step.positions[..step.decode_rows].iter().max().map_or(0, |&last| last as usize + 1);
+
+        let table = self.parameters.embedding.rows()?.as_slice();
+        ops::embedding(device, &tokens, &table, &mut residual, hidden)?;
+        for (index, layer) in self.parameters.layers.iter().enumerate() {
+            let Layer { input_norm, qkv: qkv_weight, qkv_bias, output, post_norm, gate_up: gate_up_weight, down } =
+                layer;
+            ops::rms_norm(device, &residual.as_slice(), &input_norm.as_slice(), &mut normed, config.rms_norm_eps)?;
+            ops::linear(device, &normed.as_slice(), qkv_weight, &mut qkv)?;
+            if let Some(bias) = qkv_bias {
+                ops::bias_add(device, &mut qkv, &bias.as_slice())?;
+            }
+            ops::rotary(device, &mut qkv, &positions, &self.rope_table.as_slice(), heads, Pairing::Halves)?;
+            let (keys, values) = cache.pages_mut(index);
+            ops::kv_write(
+                device,
+                &qkv.as_slice(),
+                &positions,
+                &row_tables,
+                &page_tables,
+                &mut keys.as_slice_mut(),
+                &mut values.as_slice_mut(),
+                heads,
+            )?;
+            let pages = cache.pages(index);
+            if step.decode_rows > 0 {
+                let single = step.decode_rows;
+                ops::attention_decode(
+                    device,
+                    &qkv.as_slice().slice(..single * heads.qkv_width())?,
+                    pages,
+                    &positions.slice(..single)?,
+                    &row_tables.slice(..single)?,
+                    &page_tables,
+                    &mut partials.as_slice_mut(),
+                    &mut attended.slice_mut(..single * heads.query_width())?,
+                    heads,
+                    longest,
+                )?;
+            }
+            for prefill in step.prefills {
+                let range = prefill.first_row..prefill.first_row + prefill.rows;
+                ops::attention_prefill(
+                    device,
+                    &qkv.as_slice().slice(range.start * heads.qkv_width()..range.end * heads.qkv_width())?,
+                    pages,
+                    &page_tables.slice(prefill.table_start..prefill.table_start + prefill.table_len)?,
+                    &mut attended.slice_mut(range.start * heads.query_width()..range.end * heads.query_width())?,
+                    heads,
+                    prefill.first_position,
+                )?;
+            }
+            ops::linear(device, &attended.as_slice(), output, &mut delta)?;
+            ops::residual_add(device, &mut residual, &delta.as_slice())?;
+            ops::rms_norm(device, &residual.as_slice(), &post_norm.as_slice(), &mut normed, config.rms_norm_eps)?;
+            ops::linear(device, &normed.as_slice(), gate_up_weight, &mut gate_up)?;
+            ops::silu_mul(device, &gate_up.as_slice(), &mut gated, config.ffn)?;
+            ops::linear(device, &gated.as_slice(), down, &mut delta)?;
+            ops::residual_add(device, &mut residual, &delta.as_slice())?;
+        }
+
+        let wanted = step.logits_rows.len();
+        if wanted > 0 {
+            let chosen = workspace.indices.slice(tables_end..tables_end + wanted)?;
+            let mut rows = workspace.head_rows.slice_mut(..wanted * hidden)?;
+            let mut normed = workspace.head_normed.slice_mut(..wanted * hidden)?;
+            let mut logits = workspace.logits.slice_mut(..wanted * config.vocab)?;
+            ops::gather_rows(device, &residual.as_slice(), &chosen, &mut rows, hidden)?;
+            let final_norm = self.parameters.final_norm.as_slice();
+            ops::rms_norm(device, &rows.as_slice(), &final_norm, &mut normed, config.rms_norm_eps)?;
+            ops::linear(device, &normed.as_slice(), self.head(), &mut logits)?;
+        }
+        Ok(())
+    }
+
+    /// An error where a kernel would otherwise fault.
+    fn check(&self, step: &Step<'_>, cache: &KvCache, workspace: &Workspace) -> Result<(), DeviceError> {
+        let (rows, limits) = (step.tokens.len(), workspace.limits);
+        let ordered = step.prefills.iter().try_fold(step.decode_rows, |next, prefill| {
+            (prefill.first_row == next && prefill.table_start + prefill.table_len <= step.page_tables.len())
+                .then_some(next + prefill.rows)
+        });
+        let wrong = if rows == 0 || step.positions.len() != rows || step.row_tables.len() != rows {
+            Some("tokens, positions and row tables have one length, not 0")
+        } else if ordered != Some(rows) {
+            Some("decode rows and prefills follow each other without gaps")
+        } else if rows > limits.rows
+            || step.decode_rows > limits.decode_rows
+            || step.logits_rows.len() > limits.logits_rows
+            || step.page_tables.len() > limits.table_entries
+        {
+            Some("the step is inside the workspace's limits")
+        } else if step.tokens.iter().any(|&id| id as usize >= self.config.vocab) {
+            Some("every token is in the vocabulary")
+        } else if step.positions.iter().any(|&position| position as usize >= self.context_tokens) {
+            Some("every position is in the context")
+        } else if step.page_tables.iter().any(|&page| page as usize >= cache.page_count()) {
+            Some("every page is in the cache")
+        } else if step
+            .row_tables
+            .iter()
+            .zip(step.positions)
+            .any(|(&start, &position)| start as usize + position as usize / PAGE >= step.page_tables.len())
+        {
+            Some("every row has a page for its position")
+        } else if step.logits_rows.iter().any(|&row| row as usize >= rows) {
+            Some("logits are of rows of the step")
+        } else {
+            None
+        };
+        wrong.map_or(Ok(()), |rule| Err(DeviceError::InvalidParameter(format!("a step must be such that {rule}"))))
+    }
+}
+
+impl Workspace {
+    /// How large a step may be.
+    #[must_use]
+    pub fn limits(&self) -> StepLimits {
+        self.limits
+    }
+
+    /// The logits \[R, V\] of the last step with `rows` = R logits rows.
+    ///
+    /// # Errors
+    /// More rows than the workspace has.
+    pub fn logits(&self, rows: usize) -> Result<Slice<'_, f32>, DeviceError> {
+        self.logits.slice(..rows * (self.logits.len() / self.limits.logits_rows))
+    }
+}

@@ -1,0 +1,84 @@
+//! The self-test of the numeric contract, on the device and the model at hand.
+//!
+//! [`quick`] is what a server runs before it serves; [`full`] is what `lockstep verify` prints.
+
+mod linear;
+mod sequence;
+
+use std::sync::Arc;
+
+use crate::device::{Device, DeviceError, LinearBackend};
+use crate::model::Model;
+
+/// One thing that was checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Line {
+    /// What the contract says.
+    pub claim: String,
+    /// What was compared, in numbers.
+    pub detail: String,
+    /// Whether it held.
+    pub holds: bool,
+}
+
+impl Line {
+    fn new(claim: impl Into<String>, detail: impl Into<String>, holds: bool) -> Self {
+        Self { claim: claim.into(), detail: detail.into(), holds }
+    }
+}
+
+/// Checks the linear layers at a few sizes, in well under a second. On a GPU where cuBLASLt does not give the contract's
+/// bits, our own kernel takes over; the returned lines say so. On the CPU nothing is in doubt (its linear layer is our
+/// own code), and nothing is checked.
+///
+/// # Errors
+/// The device's error.
+pub fn quick(model: &Model) -> Result<Vec<Line>, DeviceError> {
+    let device = model.device();
+    if !device.is_cuda() {
+        return Ok(Vec::new());
+    }
+    let lines = linear::check(model, &linear::QUICK, &linear::QUICK)?;
+    if device.linear_backend() == LinearBackend::CublasLt && lines.iter().any(|line| !line.holds) {
+        tracing::warn!(
+            "cuBLASLt does not give the contract's bits on this device; our own kernel serves every linear layer (slower, same answers)"
+        );
+        device.set_linear_backend(LinearBackend::Kernel);
+        return linear::check(model, &linear::QUICK, &linear::QUICK);
+    }
+    Ok(lines)
+}
+
+/// Checks every line of the contract that one process can check. `report` is told each line as soon as it is known.
+///
+/// # Errors
+/// The device's error.
+pub fn full(model: &Arc<Model>, report: &mut dyn FnMut(&Line)) -> Result<bool, DeviceError> {
+    let mut all = true;
+    let mut tell = |lines: Vec<Line>| {
+        for line in lines {
+            all &= line.holds;
+            report(&line);
+        }
+    };
+    tell(vec![residency(model.device())]);
+    // On the CPU the plain chain is slow, and a few sizes of each kind tell enough.
+    let (counts, head_counts) = if model.device().is_cuda() {
+        (&linear::FULL[..], &linear::FULL_HEAD[..])
+    } else {
+        (&linear::QUICK[..5], &linear::QUICK[..5])
+    };
+    tell(linear::check(model, counts, head_counts)?);
+    tell(sequence::prefill_is_decode(model)?);
+    tell(sequence::runs_repeat(model)?);
+    tell(vec![residency(model.device())]);
+    Ok(all)
+}
+
+fn residency(device: &Device) -> Line {
+    let outcome = device.verify_residency();
+    let tracker = device.tracker();
+    let held = format!("{} allocations, {:.1} MB", tracker.count(), tracker.total_bytes() as f64 / 1e6);
+    let detail = outcome.as_ref().err().map_or_else(|| held.clone(), |error| format!("{held}: {error}"));
+    Line::new("all memory is on the device", detail, outcome.is_ok())
+}
