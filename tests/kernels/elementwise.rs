@@ -1,8 +1,10 @@
-//! Bias, residual, gate.
+//! Bias, residual, gate, the comparison of bits.
 
+use cuda_std::launch::Grid;
 use half::bf16;
 use host::ops;
 use host::testing::TestRng;
+use kernels_gpu::differing::{differing_bf16, differing_f32};
 
 use crate::compare::{assert_rounded, assert_same};
 use crate::rig::Rig;
@@ -66,4 +68,39 @@ pub(crate) fn silu_mul(rig: &mut Rig) {
     let result = rig.read("silu_mul", &out);
     assert_rounded(&result[2..], &[300.0, 4e30], 1e-2);
     assert!(result[..2].iter().all(|value| value.to_f32() == 0.0), "closed gates: {result:?}");
+}
+
+pub(crate) fn differing(rig: &mut Rig) {
+    for &len in rig.pick(&[1, 300][..], &[1, 255, 257, 5000, 300_001]) {
+        let mut rng = TestRng::new(14);
+        let mut a = rng.f32s(len);
+        // What equality of floats would get wrong: the zeros, and NaN.
+        a[len / 2] = f32::NAN;
+        let mut b = a.clone();
+        for _ in 0..len / 3 {
+            let index = rng.below(len as u64) as usize;
+            b[index] = f32::from_bits(a[index].to_bits() ^ (1 << rng.below(32)));
+        }
+        (a[0], b[0]) = (0.0, -0.0);
+        let expected = a.iter().zip(&b).filter(|(a, b)| a.to_bits() != b.to_bits()).count() as u32;
+        let (a_buffer, b_buffer) = (rig.filled(&a), rig.filled(&b));
+        // Fewer blocks than elements / 256: threads take several; and more. It adds to what is there.
+        for blocks in [1, 3, 40] {
+            let mut count = rig.filled(&[1000_u32]);
+            let (a, b, mut out) = (a_buffer.view(), b_buffer.view(), count.view_mut());
+            rig.device.launch(differing_f32::launch(&a, &b, &mut out), Grid::new_1d(blocks)).unwrap();
+            assert_same(&rig.read("differing_f32", &count), &[1000 + expected], "differing_f32");
+        }
+        assert_eq!(ops::differing(&rig.device, &a_buffer.view(), &b_buffer.view()).unwrap(), expected);
+
+        let round = |values: &[f32]| -> Vec<bf16> { values.iter().map(|&value| bf16::from_f32(value)).collect() };
+        let (a, b) = (round(&a), round(&b));
+        let expected = a.iter().zip(&b).filter(|(a, b)| a.to_bits() != b.to_bits()).count() as u32;
+        let (a_buffer, b_buffer) = (rig.filled(&a), rig.filled(&b));
+        let mut count = rig.filled(&[0_u32]);
+        let (a, b, mut out) = (a_buffer.view(), b_buffer.view(), count.view_mut());
+        rig.device.launch(differing_bf16::launch(&a, &b, &mut out), Grid::new_1d(2)).unwrap();
+        assert_same(&rig.read("differing_bf16", &count), &[expected], "differing_bf16");
+        assert_eq!(ops::differing(&rig.device, &a_buffer.view(), &b_buffer.view()).unwrap(), expected);
+    }
 }

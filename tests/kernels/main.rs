@@ -6,7 +6,7 @@
 //!
 //! | file | what it tests |
 //! | --- | --- |
-//! | `rows`, `elementwise` | embedding, gathering, normalisation; bias, residual, gate |
+//! | `rows`, `elementwise` | embedding, gathering, normalisation; bias, residual, gate, comparison |
 //! | `positions` | rotary embedding, the pages of the KV cache |
 //! | `attention` | prefill, decode, merge |
 //! | `linear` | linear layers |
@@ -80,6 +80,7 @@ on_every_device! {
     bias_add: crate::elementwise::bias_add;
     residual_add: crate::elementwise::residual_add;
     silu_mul: crate::elementwise::silu_mul;
+    differing: crate::elementwise::differing;
     rotary: crate::positions::rotary;
     kv_write: crate::positions::kv_write;
     attention_merge: crate::attention::merge;
