@@ -25,7 +25,7 @@ pub(crate) enum Sabotage {
     Zeros,
     /// Every float output is NaN, every id `u32::MAX`.
     Nan,
-    /// The halves of every output are swapped.
+    /// The halves of every output are swapped; an output of one element is wrong.
     Swapped,
     /// One element of the output that is read after this many others is wrong.
     OneWrong(usize),
@@ -114,7 +114,7 @@ pub(crate) struct Rig {
     pub(crate) device: Device,
     /// The outputs so far.
     pub(crate) records: Vec<Record>,
-    /// How many outputs were read.
+    /// How many outputs were read that have elements.
     pub(crate) reads: usize,
     scale: Scale,
     sabotage: Option<Sabotage>,
@@ -196,12 +196,16 @@ impl Rig {
 
     /// Plants the fault, where there is one for this output.
     pub(crate) fn spoil<T: Bits>(&mut self, mut values: Vec<T>) -> Vec<T> {
+        if values.is_empty() {
+            return values;
+        }
         let middle = values.len() / 2;
         match self.sabotage {
             Some(Sabotage::Zeros) => values.fill(T::of_bits(0)),
             Some(Sabotage::Nan) => values.fill(T::of_bits(T::UNWRITTEN)),
+            Some(Sabotage::Swapped) if values.len() == 1 => values[0] = values[0].wrong(),
             Some(Sabotage::Swapped) => values.rotate_left(middle),
-            Some(Sabotage::OneWrong(index)) if index == self.reads && !values.is_empty() => {
+            Some(Sabotage::OneWrong(index)) if index == self.reads => {
                 values[middle] = values[middle].wrong();
             }
             _ => {}

@@ -29,7 +29,7 @@ fn philox_gives_the_published_vectors() {
     let ones = u32::MAX;
     for (counter, key, expected) in [
         ([0; 4], [0; 2], [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]),
-        ([ones; 4], [ones; 2], [0x408f_276d, 0x41c8_3b0e, 0xa20b_dac7, 0x6d54_51fd]),
+        ([ones; 4], [ones; 2], [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]),
         (
             [0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344],
             [0xa409_3822, 0x299f_31d0],
