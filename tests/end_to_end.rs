@@ -317,6 +317,17 @@ fn a_signal_lets_answers_finish() {
 }
 
 #[test]
+fn it_answers_though_nobody_reads_its_log() {
+    let mut server = Running::demo_unheard();
+    for _ in 0..2 {
+        assert!(content(&server.ask(CHAT, &chat(SUM, json!({})))).contains("42"));
+    }
+    assert_eq!(server.post_text(CHAT, "{").status, 400);
+    server.terminate();
+    assert_eq!(server.exit_status().code(), Some(0));
+}
+
+#[test]
 fn a_second_server_on_the_port_says_so() {
     let first = Running::demo();
     let port = first.address.port().to_string();

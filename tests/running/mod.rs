@@ -23,11 +23,22 @@ pub(crate) struct Running {
 impl Running {
     /// Serves the demo model on the CPU.
     pub(crate) fn demo() -> Self {
+        Self::with_stderr(Stdio::null())
+    }
+
+    /// Its log goes to a pipe that nobody reads.
+    pub(crate) fn demo_unheard() -> Self {
+        let mut this = Self::with_stderr(Stdio::piped());
+        drop(this.child.stderr.take());
+        this
+    }
+
+    fn with_stderr(stderr: Stdio) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_lockstep"))
             .args(["serve", "--device", "cpu", "--port", "0"])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
-            .stderr(Stdio::null())
+            .stderr(stderr)
             .spawn()
             .unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
