@@ -55,9 +55,15 @@ fn running_now(server: &Running) -> u64 {
     server.get("/health").json()["running"].as_u64().unwrap()
 }
 
+/// Requests running and waiting.
+fn load(server: &Running) -> u64 {
+    let health = server.get("/health").json();
+    health["running"].as_u64().unwrap() + health["waiting"].as_u64().unwrap()
+}
+
 fn until_idle(server: &Running) {
     let start = Instant::now();
-    while running_now(server) > 0 {
+    while load(server) > 0 {
         assert!(start.elapsed() < PATIENCE, "the engine stays busy");
     }
 }
@@ -263,13 +269,22 @@ fn a_job_starts_counts_and_ends() {
 #[test]
 fn clients_that_leave_do_not_keep_the_engine() {
     let server = Running::demo();
-    // Each of these would be many seconds of work, and all of them far more than the patience below.
+    // Each of these would be many seconds of work, and all of them more than the client's patience.
+    let endless = chat("Hello", json!({"ignore_eos": true, "max_tokens": 2000}));
     for _ in 0..20 {
-        let endless = chat("Hello", json!({"stream": true, "ignore_eos": true, "max_tokens": 2000}));
-        assert!(server.stream(CHAT, &endless).event().is_some());
+        let mut stream = server.stream(CHAT, &with(endless.clone(), json!({"stream": true})));
+        assert!(stream.event().is_some());
     }
-    let whole = server.ask(CHAT, &chat(SUM, json!({})));
-    assert!(content(&whole).contains("42"));
+    assert!(content(&server.ask(CHAT, &chat(SUM, json!({})))).contains("42"));
+    until_idle(&server);
+
+    let waiting: Vec<_> = (0..20).map(|_| server.posted(CHAT, &endless)).collect();
+    let start = Instant::now();
+    while load(&server) < waiting.len() as u64 {
+        assert!(start.elapsed() < PATIENCE, "{} requests arrived", load(&server));
+    }
+    drop(waiting);
+    assert!(content(&server.ask(CHAT, &chat(SUM, json!({})))).contains("42"));
     until_idle(&server);
 }
 

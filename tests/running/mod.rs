@@ -82,10 +82,16 @@ impl Running {
         reply.json()
     }
 
-    /// A connection on which an answer begins to stream.
-    pub(crate) fn stream(&self, path: &str, body: &Value) -> Client {
+    /// A connection on which a request is sent and nothing read.
+    pub(crate) fn posted(&self, path: &str, body: &Value) -> Client {
         let mut client = self.connect();
         client.send("POST", path, &body.to_string());
+        client
+    }
+
+    /// A connection on which an answer begins to stream.
+    pub(crate) fn stream(&self, path: &str, body: &Value) -> Client {
+        let mut client = self.posted(path, body);
         let (status, headers) = client.head();
         assert_eq!((status, headers["content-type"].as_str()), (200, "text/event-stream"));
         client
