@@ -125,8 +125,8 @@ impl Engine for Handle {
             .or_else(|| shared.device.failure().map(|error| error.to_string()))
             .or_else(|| lock(&shared.resident).clone().err());
         Status {
-            running: shared.running.load(Ordering::Relaxed),
-            waiting: shared.waiting.load(Ordering::Relaxed),
+            waiting: shared.waiting.load(Ordering::SeqCst),
+            running: shared.running.load(Ordering::SeqCst),
             healthy: failure.is_none(),
             failure,
             resident: lock(&shared.resident).is_ok(),
@@ -228,8 +228,9 @@ impl Worker {
             let left = self.options.residency_check.saturating_sub(checked.elapsed());
             match submissions.recv_timeout(left) {
                 Ok(submission) => {
-                    self.shared.waiting.fetch_sub(1, Ordering::Relaxed);
-                    self.shared.running.store(1, Ordering::Relaxed);
+                    // In this order, so that nobody sees an idle engine that has work.
+                    self.shared.running.store(1, Ordering::SeqCst);
+                    self.shared.waiting.fetch_sub(1, Ordering::SeqCst);
                     self.serve(submission);
                     self.shared.running.store(0, Ordering::Relaxed);
                 }
