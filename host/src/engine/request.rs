@@ -3,7 +3,8 @@
 /// How the next token is chosen. Applied in this order: penalties and bias, temperature, top-k, top-p, min-p, draw.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {
-    /// Logits are divided by this. 0 takes the largest logit (ties: the lowest id) and ignores what follows.
+    /// Logits are divided by this. 0, or less than 1e-5, takes the largest logit (ties: the lowest id) and ignores what
+    /// follows.
     pub temperature: f32,
     /// Keep the `top_k` most likely tokens; 0 keeps all.
     pub top_k: u32,

@@ -206,8 +206,23 @@ struct Worker {
     shared: Arc<Shared>,
 }
 
+/// Should the engine's thread panic: says that nothing more will be answered, before the queue is dropped.
+struct LastWord(Arc<Shared>);
+
+impl Drop for LastWord {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let reason = "the engine's thread panicked; restart the server and report what it wrote";
+            lock(&self.0.failure).get_or_insert_with(|| reason.to_owned());
+            self.0.waiting.store(0, Ordering::Relaxed);
+            self.0.running.store(0, Ordering::Relaxed);
+        }
+    }
+}
+
 impl Worker {
     fn run(mut self, submissions: &Receiver<Submission>) {
+        let _last_word = LastWord(self.shared.clone());
         let mut checked = Instant::now();
         loop {
             let left = self.options.residency_check.saturating_sub(checked.elapsed());

@@ -121,14 +121,14 @@ impl Sampler {
         let (device, count) = (&self.device, rows.len());
         let mut ids = self.ids.slice_mut(..count)?;
         let adjusted = rows.iter().any(|row| has_penalties(row));
-        if !adjusted && rows.iter().all(|row| row.sampling.temperature == 0.0) {
+        if !adjusted && rows.iter().all(|row| temperature(row.sampling) == 0.0) {
             return ops::argmax(device, logits, &mut ids);
         }
 
         let mut scratch = self.scratch.slice_mut(..count * self.vocab)?;
         device.copy(*logits, scratch.slice_mut(..)?)?;
         let column = |value: fn(&Sampling) -> f32| rows.iter().map(move |row| value(row.sampling));
-        let floats: Vec<f32> = column(|s| s.temperature)
+        let floats: Vec<f32> = column(temperature)
             .chain(column(|s| s.top_p))
             .chain(column(|s| s.min_p))
             .chain(column(|s| s.repetition_penalty))
@@ -171,7 +171,7 @@ impl Sampler {
         let positions: Vec<u32> = rows.iter().map(|row| row.position).collect();
         // At temperature 0 the first token of the one order is taken: top-k of 1.
         let top_ks: Vec<u32> =
-            rows.iter().map(|row| if row.sampling.temperature == 0.0 { 1 } else { row.sampling.top_k }).collect();
+            rows.iter().map(|row| if temperature(row.sampling) == 0.0 { 1 } else { row.sampling.top_k }).collect();
         device.upload(self.seeds.slice_mut(..count)?, &seeds)?;
         device.upload(self.positions.slice_mut(..count)?, &positions)?;
         device.upload(self.top_ks.slice_mut(..count)?, &top_ks)?;
@@ -217,6 +217,13 @@ impl Listed {
         let top = ids.iter().zip(&values[1..]).take(wanted as usize).filter(|(id, _)| **id != u32::MAX);
         (Some(values[0]), top.map(|(&id, &value)| (id, value)).collect())
     }
+}
+
+/// Below this a lead of a thousandth is e^100 : 1, and dividing by much less would overflow: greedy.
+const LEAST_TEMPERATURE: f32 = 1e-5;
+
+fn temperature(sampling: &Sampling) -> f32 {
+    if sampling.temperature < LEAST_TEMPERATURE { 0.0 } else { sampling.temperature }
 }
 
 fn has_penalties(row: &SampleRow<'_>) -> bool {
