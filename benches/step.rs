@@ -53,7 +53,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         figures.push((format!("decode at context {context}, greedy"), "tokens/s".to_owned(), 1000.0 / milliseconds));
     }
     let milliseconds = bench.median(|bench| bench.decode(128, 0.8))?;
-    figures.push(("decode at context 128, T 0.8 top-p 0.95 top-k 50".to_owned(), "tokens/s".to_owned(), 1000.0 / milliseconds));
+    figures.push((
+        "decode at context 128, T 0.8 top-p 0.95 top-k 50".to_owned(),
+        "tokens/s".to_owned(),
+        1000.0 / milliseconds,
+    ));
 
     let (name, image) = (device.name(), device.kernel_image().unwrap_or("executor").to_owned());
     if json {

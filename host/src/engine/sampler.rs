@@ -34,6 +34,10 @@ pub struct Sampled {
 /// The most tokens whose log-probabilities can be asked for.
 pub const MAX_TOP_LOGPROBS: u32 = 20;
 
+/// Penalty entries that are applied at once; a step with more launches again. Each entry stands for itself, so this
+/// changes no bit.
+const ENTRIES: usize = 1 << 14;
+
 /// The sampler's memory, for up to a fixed number of rows.
 #[derive(Debug)]
 pub struct Sampler {
@@ -68,8 +72,6 @@ impl Sampler {
     pub fn new(device: &Device, rows: usize, vocab: usize) -> Result<Self, DeviceError> {
         let kind = MemoryKind::Activations;
         let listed = rows * MAX_TOP_LOGPROBS as usize;
-        // A row lists each token at most once.
-        let entries = rows * vocab;
         Ok(Self {
             device: device.clone(),
             vocab,
@@ -80,8 +82,8 @@ impl Sampler {
             top_ks: device.alloc_unwritten(rows, kind, "top-k")?,
             floats: device.alloc_unwritten(6 * rows, kind, "sampling parameters")?,
             entries: Entries {
-                words: device.alloc_unwritten(3 * entries, kind, "penalty entries")?,
-                biases: device.alloc_unwritten(entries, kind, "logit biases")?,
+                words: device.alloc_unwritten(3 * ENTRIES, kind, "penalty entries")?,
+                biases: device.alloc_unwritten(ENTRIES, kind, "logit biases")?,
             },
             top_ids: device.alloc_unwritten(listed, kind, "most likely tokens")?,
             top_values: device.alloc_unwritten(listed + rows, kind, "log-probabilities")?,
@@ -139,31 +141,30 @@ impl Sampler {
         let parameter = |index: usize| self.floats.slice(index * count..(index + 1) * count);
 
         if adjusted {
-            let entries = penalty_entries(rows);
-            let listed = entries.len();
-            let words: Vec<u32> = entries
-                .iter()
-                .map(|entry| entry.row)
-                .chain(entries.iter().map(|entry| entry.token))
-                .chain(entries.iter().map(|entry| entry.count))
-                .collect();
-            let biases: Vec<f32> = entries.iter().map(|entry| entry.bias).collect();
-            if listed > 0 {
+            for entries in penalty_entries(rows).chunks(ENTRIES) {
+                let listed = entries.len();
+                let words: Vec<u32> = entries
+                    .iter()
+                    .map(|entry| entry.row)
+                    .chain(entries.iter().map(|entry| entry.token))
+                    .chain(entries.iter().map(|entry| entry.count))
+                    .collect();
+                let biases: Vec<f32> = entries.iter().map(|entry| entry.bias).collect();
                 device.upload(self.entries.words.slice_mut(..3 * listed)?, &words)?;
                 device.upload(self.entries.biases.slice_mut(..listed)?, &biases)?;
+                let words = |index: usize| self.entries.words.slice(index * listed..(index + 1) * listed);
+                ops::penalties(
+                    device,
+                    &mut scratch,
+                    &words(0)?,
+                    &words(1)?,
+                    &words(2)?,
+                    &self.entries.biases.slice(..listed)?,
+                    &parameter(3)?,
+                    &parameter(4)?,
+                    &parameter(5)?,
+                )?;
             }
-            let words = |index: usize| self.entries.words.slice(index * listed..(index + 1) * listed);
-            ops::penalties(
-                device,
-                &mut scratch,
-                &words(0)?,
-                &words(1)?,
-                &words(2)?,
-                &self.entries.biases.slice(..listed)?,
-                &parameter(3)?,
-                &parameter(4)?,
-                &parameter(5)?,
-            )?;
         }
         ops::temperature(device, &mut scratch, &parameter(0)?)?;
 
@@ -226,10 +227,13 @@ fn temperature(sampling: &Sampling) -> f32 {
     if sampling.temperature < LEAST_TEMPERATURE { 0.0 } else { sampling.temperature }
 }
 
+fn is_penalised(row: &SampleRow<'_>) -> bool {
+    let Sampling { repetition_penalty, frequency_penalty, presence_penalty, .. } = *row.sampling;
+    (repetition_penalty != 1.0 || frequency_penalty != 0.0 || presence_penalty != 0.0) && !row.counts.is_empty()
+}
+
 fn has_penalties(row: &SampleRow<'_>) -> bool {
-    let Sampling { repetition_penalty, frequency_penalty, presence_penalty, logit_bias, .. } = row.sampling;
-    let penalised = *repetition_penalty != 1.0 || *frequency_penalty != 0.0 || *presence_penalty != 0.0;
-    !logit_bias.is_empty() || (penalised && !row.counts.is_empty())
+    !row.sampling.logit_bias.is_empty() || is_penalised(row)
 }
 
 struct PenaltyEntry {
@@ -239,11 +243,12 @@ struct PenaltyEntry {
     bias: f32,
 }
 
-/// Each (row, token) that a penalty or a bias concerns, once, in order.
+/// Each (row, token) that a penalty or a bias concerns, once, in order. What a row lists follows from that row alone.
 fn penalty_entries(rows: &[SampleRow<'_>]) -> Vec<PenaltyEntry> {
     let mut entries = Vec::new();
     for (index, row) in rows.iter().enumerate() {
-        let mut tokens: BTreeMap<u32, (u32, f32)> = row.counts.iter().map(|(&id, &count)| (id, (count, 0.0))).collect();
+        let counts = is_penalised(row).then_some(row.counts).into_iter().flatten();
+        let mut tokens: BTreeMap<u32, (u32, f32)> = counts.map(|(&id, &count)| (id, (count, 0.0))).collect();
         for &(id, bias) in &row.sampling.logit_bias {
             tokens.entry(id).or_insert((0, 0.0)).1 += bias;
         }

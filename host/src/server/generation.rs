@@ -201,7 +201,8 @@ mod tests {
         Event::Token(TokenEvent { id, logprob: None, top: vec![] })
     }
 
-    const END: Event = Event::End(Finish { reason: FinishReason::Length, prompt_tokens: 1, generated_tokens: 256 });
+    const END: Event =
+        Event::End(Finish { reason: FinishReason::Length, prompt_tokens: 1, generated_tokens: 256, cached_tokens: 0 });
 
     fn collected(generation: Generation) -> Result<Answer, EngineError> {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();

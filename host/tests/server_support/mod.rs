@@ -84,7 +84,7 @@ pub fn token(id: u32) -> Event {
 }
 
 pub fn end(request: &Request, reason: FinishReason, generated_tokens: u32) -> Event {
-    Event::End(Finish { reason, prompt_tokens: request.prompt.len() as u32, generated_tokens })
+    Event::End(Finish { reason, prompt_tokens: request.prompt.len() as u32, generated_tokens, cached_tokens: 0 })
 }
 
 /// Says `text` a byte at a time as far as `max_tokens` allows, then ends with `EOS`.

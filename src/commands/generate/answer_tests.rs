@@ -42,7 +42,7 @@ fn token(id: u32) -> Event {
 }
 
 fn end(reason: FinishReason, generated_tokens: u32) -> Event {
-    Event::End(Finish { reason, prompt_tokens: 2, generated_tokens })
+    Event::End(Finish { reason, prompt_tokens: 2, generated_tokens, cached_tokens: 0 })
 }
 
 /// A tokenizer of four whole words; 3 is special.
