@@ -35,7 +35,13 @@ fn log_to_stderr(command: &Command) {
         Command::Serve(_) => tracing_subscriber::filter::LevelFilter::INFO,
         Command::Generate(_) | Command::Verify(_) => tracing_subscriber::filter::LevelFilter::WARN,
     };
-    tracing_subscriber::fmt().with_max_level(level).with_ansi(false).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_ansi(false)
+        .with_writer(std::io::stderr)
+        // A log that nobody reads any more would be reported by a panic in whoever logs.
+        .log_internal_errors(false)
+        .init();
 }
 
 /// Messages of compilers and drivers may have several lines; scripts read one.

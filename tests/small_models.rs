@@ -1,122 +1,199 @@
-//! `lockstep generate` against float32 transformers, on the small models of `tests/models`: log-probabilities of the five
-//! likeliest tokens, and the greedy token wherever its margin is beyond doubt. `tests/golden/small_models.json` says how the
-//! goldens were made; `tools/reference/compare.py` prints the same comparison as figures.
-#![expect(clippy::unwrap_used, reason = "a step that fails is a test that fails")]
+//! The small reference models against float32 transformers, through the engine: log-probabilities of the five likeliest
+//! tokens of every position, and the tokens wherever the reference is sure of them.
+#![allow(clippy::unwrap_used, reason = "a test fails by it")]
 
-use std::collections::HashMap;
+mod devices;
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
 
-use serde_json::Value;
+use host::device::Device;
+use host::engine::{Engine, EngineOptions, Event, EventSink, Refused, Request, Sampling, TokenEvent, spawn};
+use host::model::Model;
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
 
-/// The largest error of a natural-log probability: bf16 activations against float32.
-const BOUND: f64 = 0.05;
+/// Allowed error of a natural log of a probability; and the margin from which on a token must be the reference's.
+const BOUND: f32 = 0.05;
 
-/// Per position: the likeliest tokens, most likely first.
-type Positions = Vec<Vec<(u32, f64)>>;
-
-struct Answer {
-    tokens: Vec<u32>,
-    logprobs: Positions,
+#[derive(Deserialize)]
+struct Goldens {
+    manifest: Manifest,
+    prompts: Vec<Vec<u32>>,
+    /// Per model and prompt.
+    models: BTreeMap<String, Vec<Golden>>,
 }
 
-/// What is wrong with `answer`, as long as the greedy prefixes are equal; a NaN is an error.
-fn complaint(golden: &Positions, answer: &Answer) -> Option<String> {
-    if answer.tokens.len() != golden.len() || answer.logprobs.len() != golden.len() {
-        return Some(format!("{} tokens, expected {}", answer.tokens.len(), golden.len()));
+#[derive(Deserialize)]
+struct Manifest {
+    checksums: BTreeMap<String, String>,
+}
+
+/// Per greedy position the five likeliest tokens, the chosen one first.
+type Golden = Vec<Vec<(u32, f32)>>;
+
+fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn goldens() -> Goldens {
+    let bytes = std::fs::read(repository().join("tests/golden/small_models.json")).unwrap();
+    serde_json::from_slice(&bytes).unwrap()
+}
+
+/// SHA-256 over the names and contents of the config and the weight files, in the order of their names.
+fn checksum(folder: &Path) -> String {
+    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let wanted = |path: &PathBuf| path.ends_with("config.json") || path.extension().is_some_and(|e| e == "safetensors");
+    let mut files: Vec<PathBuf> = entries.filter(wanted).collect();
+    files.sort();
+    let mut hash = Sha256::new();
+    for path in files {
+        hash.update(path.file_name().unwrap().as_encoded_bytes());
+        hash.update([0]);
+        hash.update(std::fs::read(path).unwrap());
     }
-    for (place, (expected, (token, given))) in golden.iter().zip(answer.tokens.iter().zip(&answer.logprobs)).enumerate()
-    {
-        let values: HashMap<u32, f64> = given.iter().copied().collect();
-        let lowest = given.iter().map(|(_, value)| *value).fold(f64::INFINITY, f64::min);
-        for (id, value) in expected {
+    hash.finalize().iter().fold(String::new(), |mut text, byte| {
+        write!(text, "{byte:02x}").unwrap();
+        text
+    })
+}
+
+#[derive(Debug, Default, PartialEq)]
+struct Comparison {
+    /// Positions compared: up to the first where the greedy tokens part.
+    positions: usize,
+    /// The largest error.
+    worst: f32,
+    complaints: Vec<String>,
+}
+
+fn compare(golden: &Golden, answer: &[TokenEvent]) -> Comparison {
+    let mut found = Comparison::default();
+    if answer.len() != golden.len() {
+        found.complaints.push(format!("{} tokens, expected {}", answer.len(), golden.len()));
+    }
+    for (place, (expected, given)) in golden.iter().zip(answer).enumerate() {
+        found.positions += 1;
+        let lowest = given.top.iter().map(|&(_, value)| value).fold(f32::INFINITY, f32::min);
+        for &(id, value) in expected {
             // A token that is not listed has at most the lowest value listed.
-            let error = values.get(id).map_or((value - lowest).max(0.0), |own| (own - value).abs());
-            if !(error <= BOUND && lowest.is_finite()) {
-                return Some(format!("position {place}, token {id}: {:?}, expected {value}", values.get(id)));
+            let error = match given.top.iter().find(|&&(listed, _)| listed == id) {
+                Some(&(_, ours)) => (ours - value).abs(),
+                None if lowest.is_finite() => (value - lowest).max(0.0),
+                None => f32::NAN,
+            };
+            if error.is_nan() || error > BOUND {
+                found.complaints.push(format!("position {place}: token {id} is off by {error}: {:?}", given.top));
             }
+            found.worst = if error.is_nan() { error } else { found.worst.max(error) };
         }
-        if *token != expected[0].0 {
-            let margin = expected[0].1 - expected[1].1;
-            return (margin > BOUND)
-                .then(|| format!("position {place}: token {token}, expected {} by {margin}", expected[0].0));
+        let margin = expected[0].1 - expected[1].1;
+        if given.id != expected[0].0 {
+            if margin > BOUND {
+                let wanted = expected[0].0;
+                found.complaints.push(format!("position {place}: {}, not {wanted} (by {margin})", given.id));
+            }
+            break;
         }
     }
-    None
+    found
 }
 
-fn folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests")
+struct Channel(Sender<Event>);
+
+impl EventSink for Channel {
+    fn offer(&mut self, event: Event) -> Result<(), Refused> {
+        self.0.send(event).map_err(|_| Refused::Gone)
+    }
+
+    fn is_gone(&self) -> bool {
+        false
+    }
 }
 
-fn goldens() -> Value {
-    serde_json::from_slice(&std::fs::read(folder().join("golden/small_models.json")).unwrap()).unwrap()
+fn answer(engine: &impl Engine, prompt: &[u32], golden: &Golden) -> Vec<TokenEvent> {
+    let (events, received) = channel();
+    let request = Request {
+        prompt: prompt.to_vec(),
+        max_tokens: golden.len() as u32,
+        sampling: Sampling { temperature: 0.0, ..Sampling::default() },
+        stop_tokens: Vec::new(),
+        logprobs: Some(golden[0].len() as u32),
+    };
+    engine.submit(request, Box::new(Channel(events))).unwrap();
+    let mut tokens = Vec::new();
+    for event in received {
+        match event {
+            Event::Token(token) => tokens.push(token),
+            Event::End(_) => return tokens,
+            Event::Error(error) => panic!("{error}"),
+        }
+    }
+    panic!("the engine went away");
 }
 
-fn positions(value: &Value) -> Positions {
-    serde_json::from_value(value.clone()).unwrap()
-}
-
-fn generate(model: &str, device: &str, prompt: &[u32], tokens: usize) -> Answer {
-    let ids: Vec<String> = prompt.iter().map(u32::to_string).collect();
-    let output = Command::new(env!("CARGO_BIN_EXE_lockstep"))
-        .args(["generate", "--json", "--ignore-eos", "--logprobs", "5", "--temperature", "0", "--device", device])
-        .arg("--model")
-        .arg(folder().join("models").join(model))
-        .args(["--token-ids", &ids.join(","), "--max-tokens", &tokens.to_string()])
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let object: Value = serde_json::from_slice(&output.stdout).unwrap();
-    let tokens = serde_json::from_value(object["tokens"].clone()).unwrap();
-    Answer { tokens, logprobs: positions(&object["logprobs"]) }
-}
-
-fn every_model_agrees(device: &str) {
+fn every_model_agrees(device: &Device) {
     let goldens = goldens();
-    let prompts: Vec<Vec<u32>> = serde_json::from_value(goldens["prompts"].clone()).unwrap();
-    let models = goldens["models"].as_object().unwrap();
-    assert_eq!((models.len(), prompts.len()), (6, 5));
-    for (model, answers) in models {
-        let answers = answers.as_array().unwrap();
-        assert_eq!(answers.len(), prompts.len());
-        for (prompt, golden) in prompts.iter().zip(answers) {
-            let golden = positions(golden);
-            let complaint = complaint(&golden, &generate(model, device, prompt, golden.len()));
-            assert_eq!(complaint, None, "{model}, prompt of {} tokens", prompt.len());
+    assert_eq!(goldens.models.len(), 6);
+    let mut complaints = Vec::new();
+    for (name, answers) in &goldens.models {
+        let folder = repository().join("tests/models").join(name);
+        assert_eq!(
+            checksum(&folder),
+            goldens.manifest.checksums[name],
+            "{name} is not what the goldens were made from"
+        );
+        let model = Arc::new(Model::load(device, &folder, Some(512), &mut |_, _| {}).unwrap());
+        let (engine, _thread) = spawn(model, EngineOptions::for_device(device)).unwrap();
+        let (mut worst, mut positions, mut wanted) = (0.0_f32, 0, 0);
+        assert_eq!(answers.len(), goldens.prompts.len());
+        for (prompt, golden) in goldens.prompts.iter().zip(answers) {
+            let found = compare(golden, &answer(&engine, prompt, golden));
+            (worst, positions, wanted) = (worst.max(found.worst), positions + found.positions, wanted + golden.len());
+            complaints.extend(found.complaints.iter().map(|text| format!("{name}, {} tokens: {text}", prompt.len())));
         }
+        println!("{name}: largest error {worst:.4} over {positions} of {wanted} positions");
+        // Most greedy answers stay on the reference's path to their end; else little would be compared.
+        assert!(wanted == 60 && 2 * positions > wanted, "{name}: {positions} of {wanted} positions");
     }
+    assert!(complaints.is_empty(), "{complaints:#?}");
 }
 
 #[test]
-fn every_model_agrees_on_the_cpu() {
-    every_model_agrees("cpu");
+fn every_small_model_agrees_with_transformers_on_the_cpu() {
+    every_model_agrees(&devices::cpu());
 }
 
 #[test]
 #[ignore = "needs a GPU"]
-fn every_model_agrees_on_the_gpu() {
-    every_model_agrees("cuda:0");
+fn every_small_model_agrees_with_transformers_on_the_gpu() {
+    every_model_agrees(&devices::cuda());
 }
 
 #[test]
-fn the_comparison_refuses_planted_faults() {
+fn the_comparison_sees_planted_faults() {
     let goldens = goldens();
-    let golden = positions(&goldens["models"]["llama-w64-r1"][2]);
-    let exact = || Answer { tokens: golden.iter().map(|listed| listed[0].0).collect(), logprobs: golden.clone() };
-    assert_eq!(complaint(&golden, &exact()), None);
-    let margin = |listed: &[(u32, f64)]| listed[0].1 - listed[1].1;
-    let sure = (0..golden.len()).max_by(|a, b| margin(&golden[*a]).total_cmp(&margin(&golden[*b]))).unwrap();
-    let plant: [fn(&mut Answer, usize); 5] = [
-        |answer, _| answer.logprobs.last_mut().unwrap()[2].1 += 2.0 * BOUND,
-        |answer, _| answer.logprobs[0][0].1 = f64::NAN,
-        |answer, sure| answer.tokens[sure] += 1,
-        |answer, _| answer.tokens.truncate(3),
-        |answer, _| answer.logprobs[1].clear(),
-    ];
-    for (number, plant) in plant.iter().enumerate() {
-        let mut answer = exact();
-        plant(&mut answer, sure);
-        assert!(complaint(&golden, &answer).is_some(), "planted fault {number}");
+    for golden in goldens.models.values().flatten() {
+        let echo: Vec<TokenEvent> =
+            golden.iter().map(|top| TokenEvent { id: top[0].0, logprob: Some(top[0].1), top: top.clone() }).collect();
+        let whole = Comparison { positions: golden.len(), ..Comparison::default() };
+        assert_eq!(compare(golden, &echo), whole);
+        let sure = golden.iter().position(|top| top[0].1 - top[1].1 > BOUND).unwrap();
+        let last = golden.len() - 1;
+        let refuses = |fault: &dyn Fn(&mut Vec<TokenEvent>)| {
+            let mut answer = echo.clone();
+            fault(&mut answer);
+            assert!(!compare(golden, &answer).complaints.is_empty(), "{answer:?}");
+        };
+        refuses(&|answer| answer[last].top[2].1 += 1.2 * BOUND);
+        refuses(&|answer| answer[last].top[0].1 -= 1.2 * BOUND);
+        refuses(&|answer| answer[0].top[4].1 = f32::NAN);
+        refuses(&|answer| answer[0].top.clear());
+        refuses(&|answer| answer[sure].id = answer[sure].top[1].0);
+        refuses(&|answer| drop(answer.pop()));
     }
 }

@@ -116,7 +116,7 @@ fn prefill<const STEPS: usize, const TILES: usize>(
             };
             let visible = [0, 8].map(|offset| {
                 let seen = first_position + warp_row + g + offset + 1;
-                (if seen > span_start { seen - span_start } else { 0 }) as u32
+                seen.saturating_sub(span_start) as u32
             });
             let result = span::<STEPS, TILES>(&query, key, value, visible, scale);
             let rescale = [merged[0].add(result.max[0], result.sum[0]), merged[1].add(result.max[1], result.sum[1])];

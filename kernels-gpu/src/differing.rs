@@ -30,7 +30,7 @@ pub fn differing_f32(a: In<f32>, b: In<f32>, count: InOut<u32>) {
     add(count, differing);
 }
 
-/// [`differing_f32`] for bf16.
+/// [`differing_f32()`] for bf16.
 #[kernel(block = 256)]
 pub fn differing_bf16(a: In<bf16>, b: In<bf16>, count: InOut<u32>) {
     let stride = thread::grid_dim_x() as usize * 256;

@@ -81,7 +81,7 @@ pub fn linear_f32(x: In<bf16>, weight: In<bf16>, out: Out<f32>, tokens: u32, out
     });
 }
 
-/// The tensor-core chain with the result rounded to bf16: otherwise as [`linear_f32`].
+/// The tensor-core chain with the result rounded to bf16: otherwise as [`linear_f32()`].
 #[kernel(block = 128, min_blocks = 1)]
 pub fn linear_bf16(x: In<bf16>, weight: In<bf16>, out: Out<bf16>, tokens: u32, outputs: u32, width: u32) {
     chain(x, weight, tokens as usize, outputs as usize, width as usize, |m, n, sum| {

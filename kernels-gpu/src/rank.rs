@@ -13,7 +13,7 @@ pub const WARPS: usize = THREADS / 32;
 #[inline(always)]
 #[must_use]
 pub fn logit_key(logit: f32) -> u32 {
-    if !(logit > f32::NEG_INFINITY) {
+    if logit.is_nan() || logit == f32::NEG_INFINITY {
         return 0;
     }
     let bits = (logit + 0.0).to_bits();

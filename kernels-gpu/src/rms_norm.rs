@@ -2,7 +2,7 @@
 
 use cuda_std::prelude::*;
 
-/// Threads that take part in the reduction: part of the definition, see [`rms_norm`].
+/// Threads that take part in the reduction: part of the definition, see [`rms_norm()`].
 pub const REDUCTION_LANES: usize = 128;
 
 /// out\[t, c\] = x\[t, c\] / sqrt(mean_c(x\[t, c\]^2) + eps) * weight\[c\], rounded to bf16 once, at the end.

@@ -15,7 +15,9 @@ const DIGITS: u32 = 8;
 /// A token's mass for top-p: e^(logit - max) as a multiple of 2^-40, rounded down. Sums of 2^18 of them fit 64 bits.
 #[inline(always)]
 fn mass(logit: f32, max: f32) -> u64 {
-    (math::exp(logit - max) * 1_099_511_627_776.0) as u64
+    // The difference of two infinities is NaN: the whole mass would be 0 and no prefix could reach top-p.
+    let relative = if logit == max { 1.0 } else { math::exp(logit - max) };
+    (relative * 1_099_511_627_776.0) as u64
 }
 
 /// The sum over the lanes below this one and this one.

@@ -1,7 +1,7 @@
 //! `lockstep serve`: the model over HTTP, until a signal ends it.
 
-use std::fmt::Write;
-use std::io;
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::path::Path;
 use std::process::ExitCode;
@@ -38,7 +38,8 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<ExitCode> {
         let line = curl_line(address, &info.id, chats);
         let seconds = began.elapsed().as_secs_f64();
         let _ = write!(announcement, "listening  http://{address} after {seconds:.2} s\n\n{line}\n");
-        println!("{announcement}");
+        // Nobody may be reading any more; that ends no server.
+        let _ = writeln!(io::stdout(), "{announcement}");
     })?;
     match drained.unfinished {
         0 => Ok(ExitCode::SUCCESS),

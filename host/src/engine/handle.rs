@@ -107,16 +107,17 @@ impl Engine for Handle {
             .clone()
             .or_else(|| shared.device.failure().map(|error| error.to_string()))
             .or_else(|| lock(&shared.resident).clone().err());
-        let Progress { running, pages, preemptions } = *lock(&shared.progress);
+        // The waiting are read under the lock under which they become running.
+        let progress = lock(&shared.progress);
         Status {
-            running,
+            running: progress.running,
             waiting: shared.waiting.load(Ordering::Relaxed),
             healthy: failure.is_none(),
             failure,
             resident: lock(&shared.resident).is_ok(),
             device_bytes_used: shared.device.tracker().total_bytes(),
-            pages,
-            preemptions,
+            pages: progress.pages,
+            preemptions: progress.preemptions,
         }
     }
 }

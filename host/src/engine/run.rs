@@ -232,17 +232,19 @@ impl Worker {
     /// Says how things stand.
     fn publish(&mut self) {
         let waiting = self.scheduler.waiting();
-        // One operation: others count at the same time.
+        // Under the lock, so that nobody sees an idle engine that has work.
+        let mut progress = lock(&self.shared.progress);
+        *progress = Progress {
+            running: self.scheduler.running().len(),
+            pages: self.scheduler.pages(),
+            preemptions: self.scheduler.preemptions(),
+        };
+        // One operation: others count up at the same time.
         match waiting.checked_sub(self.counted_waiting) {
             Some(more) => self.shared.waiting.fetch_add(more, Ordering::Relaxed),
             None => self.shared.waiting.fetch_sub(self.counted_waiting - waiting, Ordering::Relaxed),
         };
         self.counted_waiting = waiting;
-        *lock(&self.shared.progress) = Progress {
-            running: self.scheduler.running().len(),
-            pages: self.scheduler.pages(),
-            preemptions: self.scheduler.preemptions(),
-        };
     }
 
     /// With nothing to do: recounts the pages. Wrong books could give one request another's context, so they stop the

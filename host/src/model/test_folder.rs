@@ -90,17 +90,6 @@ impl TestFolder {
         Self { folder: tempfile::tempdir().unwrap(), config, tensors }
     }
 
-    /// Small random weights, so that the model computes something.
-    pub(crate) fn random(mut self, seed: u64) -> Self {
-        let mut rng = crate::testing::TestRng::new(seed);
-        for (name, tensor) in &mut self.tensors {
-            let scale = if name.contains("norm") { 1.0 } else { 0.2 };
-            let values = rng.f32s(tensor.bytes.len() / 2);
-            tensor.bytes = values.iter().flat_map(|value| half::bf16::from_f32(scale * value).to_le_bytes()).collect();
-        }
-        self
-    }
-
     pub(crate) fn path(&self) -> &Path {
         self.folder.path()
     }

@@ -138,15 +138,23 @@ fn whole(head: Head, answer: &Answer, prompt_tokens: u32, tokenizer: Option<&Tok
     struct Completion {
         #[serde(flatten)]
         head: Head,
-        choices: [Value; 1],
+        choices: [Choice; 1],
         usage: Usage,
     }
-    let choice = json!({
-        "index": 0,
-        "message": {"role": "assistant", "content": answer.text, "refusal": null},
-        "logprobs": tokenizer.map(|t| Logprobs::new(&answer.tokens, t)),
-        "finish_reason": finish_reason(answer.end.as_ref()),
-    });
+    // Log-probabilities do not go through `Value`: it widens them to f64, and they would read differently than in a stream.
+    #[derive(Serialize)]
+    struct Choice {
+        index: u32,
+        message: Value,
+        logprobs: Option<Logprobs>,
+        finish_reason: &'static str,
+    }
+    let choice = Choice {
+        index: 0,
+        message: json!({"role": "assistant", "content": answer.text, "refusal": null}),
+        logprobs: tokenizer.map(|t| Logprobs::new(&answer.tokens, t)),
+        finish_reason: finish_reason(answer.end.as_ref()),
+    };
     Completion { head, choices: [choice], usage: Usage::new(prompt_tokens, answer.generated) }
 }
 

@@ -1,5 +1,6 @@
 //! `POST /v1/completions`: text in, text out, for one prompt or several.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use hyper::Response;
@@ -130,7 +131,7 @@ struct Choice {
 struct Logprobs {
     tokens: Vec<String>,
     token_logprobs: Vec<f32>,
-    top_logprobs: Vec<Map<String, Value>>,
+    top_logprobs: Vec<BTreeMap<String, f32>>,
     /// Characters before each token.
     text_offset: Vec<usize>,
 }
@@ -146,7 +147,7 @@ impl Logprobs {
             *offset += bytes.iter().filter(|b| **b & 0xc0 != 0x80).count();
             this.tokens.push(token_text(&bytes));
             this.token_logprobs.push(finite(event.logprob.unwrap_or(f32::NAN)));
-            this.top_logprobs.push(event.top.iter().map(|&(id, p)| (text(id), finite(p).into())).collect());
+            this.top_logprobs.push(event.top.iter().map(|&(id, p)| (text(id), finite(p))).collect());
         }
         this
     }

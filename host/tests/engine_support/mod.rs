@@ -102,6 +102,9 @@ impl Gate {
     }
 }
 
+/// A token's id, the bits of its log-probability, and the most likely tokens with the bits of theirs.
+pub type TokenBits = (u32, Option<u32>, Vec<(u32, u32)>);
+
 /// A whole answer.
 pub struct Answer {
     tokens: Vec<TokenEvent>,
@@ -122,7 +125,7 @@ impl Answer {
     }
 
     /// Ids and the bits of every log-probability.
-    pub fn bits(&self) -> Vec<(u32, Option<u32>, Vec<(u32, u32)>)> {
+    pub fn bits(&self) -> Vec<TokenBits> {
         let top = |token: &TokenEvent| token.top.iter().map(|&(id, value)| (id, value.to_bits())).collect();
         self.tokens.iter().map(|token| (token.id, token.logprob.map(f32::to_bits), top(token))).collect()
     }

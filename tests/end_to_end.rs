@@ -1,0 +1,359 @@
+//! The program from outside: a process that serves the demo model on the CPU, asked over HTTP.
+#![cfg(unix)]
+#![allow(clippy::unwrap_used, reason = "a step that fails is a test that fails")]
+
+mod running;
+
+use std::collections::BTreeSet;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use running::{Event, PATIENCE, Running};
+use serde_json::{Value, json};
+
+const CHAT: &str = "/v1/chat/completions";
+const COMPLETIONS: &str = "/v1/completions";
+
+const SUM: &str = "What is 12 + 30?";
+
+/// What users say was never trained: at a temperature the model goes on in many ways.
+const ANYTHING: &str = "<|im_start|>user\n";
+
+/// A request with `more` added.
+fn with(mut request: Value, more: Value) -> Value {
+    let more: serde_json::Map<String, Value> = serde_json::from_value(more).unwrap();
+    request.as_object_mut().unwrap().extend(more);
+    request
+}
+
+fn chat(question: &str, more: Value) -> Value {
+    with(json!({"messages": [{"role": "user", "content": question}], "temperature": 0}), more)
+}
+
+/// The demo model's tokens are bytes; 257 begins a turn and 258 ends it.
+fn chat_ids(question: &str) -> Vec<u32> {
+    let bytes = |text: &str| text.bytes().map(u32::from).collect::<Vec<_>>();
+    [vec![257], bytes("user\n"), bytes(question), vec![258], bytes("\n"), vec![257], bytes("assistant\n")].concat()
+}
+
+fn content(answer: &Value) -> &str {
+    answer["choices"][0]["message"]["content"].as_str().unwrap_or_else(|| panic!("{answer}"))
+}
+
+/// Text, reason and usage of a stream of chat chunks.
+fn streamed(events: &[Event]) -> (String, String, Vec<Value>) {
+    let (last, chunks) = events.split_last().unwrap();
+    assert_eq!(last.data, "[DONE]");
+    let chunks: Vec<Value> = chunks.iter().map(Event::json).collect();
+    let text = chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str()).collect();
+    let reasons: Vec<&str> = chunks.iter().filter_map(|chunk| chunk["choices"][0]["finish_reason"].as_str()).collect();
+    assert_eq!(reasons.len(), 1);
+    (text, reasons[0].to_owned(), chunks)
+}
+
+fn running_now(server: &Running) -> u64 {
+    server.get("/health").json()["running"].as_u64().unwrap()
+}
+
+/// Requests running and waiting.
+fn load(server: &Running) -> u64 {
+    let health = server.get("/health").json();
+    health["running"].as_u64().unwrap() + health["waiting"].as_u64().unwrap()
+}
+
+fn until_idle(server: &Running) {
+    let start = Instant::now();
+    while load(server) > 0 {
+        assert!(start.elapsed() < PATIENCE, "the engine stays busy");
+    }
+}
+
+#[test]
+fn it_announces_itself_and_answers_what_its_curl_line_asks() {
+    let server = Running::demo();
+    for part in ["device     CPU", "model      demo", "curl -N http://127.0.0.1:"] {
+        assert!(server.announcement.contains(part), "{}", server.announcement);
+    }
+    let health = server.get("/health");
+    assert_eq!(health.status, 200);
+    let health = health.json();
+    assert_eq!((&health["status"], &health["running"], &health["waiting"]), (&"healthy".into(), &0.into(), &0.into()));
+    assert_eq!((&health["model"], &health["context_length"]), (&"demo".into(), &2048.into()));
+    assert_eq!(server.get("/v1/models").json()["data"][0]["id"], "demo");
+
+    let curl = server.announcement.lines().last().unwrap();
+    let body: Value = serde_json::from_str(curl.split("-d '").nth(1).unwrap().strip_suffix('\'').unwrap()).unwrap();
+    let events = server.stream(CHAT, &with(body, json!({"temperature": 0}))).events();
+    let (text, reason, _) = streamed(&events);
+    assert!(text.contains("42"), "{text}");
+    assert_eq!(reason, "stop");
+}
+
+#[test]
+fn a_whole_answer_and_a_streamed_one_are_the_same() {
+    let server = Running::demo();
+    for logprobs in [json!({}), json!({"logprobs": true, "top_logprobs": 3})] {
+        let request = chat(SUM, logprobs);
+        let whole = server.ask(CHAT, &request);
+        assert!(content(&whole).ends_with("42."), "{whole}");
+        assert_eq!(whole["choices"][0]["finish_reason"], "stop");
+        let usage = &whole["usage"];
+        assert_eq!(usage["prompt_tokens"], chat_ids(SUM).len());
+        // A byte is a token.
+        assert_eq!(usage["completion_tokens"], content(&whole).len());
+        assert_eq!(usage["total_tokens"], chat_ids(SUM).len() + content(&whole).len());
+
+        let more = json!({"stream": true, "stream_options": {"include_usage": true}});
+        let (text, reason, chunks) = streamed(&server.stream(CHAT, &with(request, more)).events());
+        assert_eq!((text.as_str(), reason.as_str()), (content(&whole), "stop"));
+        assert_eq!(&chunks.last().unwrap()["usage"], usage);
+        let pieces: Vec<Value> = chunks
+            .iter()
+            .filter_map(|chunk| chunk["choices"][0]["logprobs"]["content"].as_array())
+            .flatten()
+            .cloned()
+            .collect();
+        let expected = whole["choices"][0]["logprobs"]["content"].as_array().cloned().unwrap_or_default();
+        assert_eq!(pieces, expected);
+        assert!(expected.is_empty() || expected.len() == content(&whole).len());
+    }
+}
+
+#[test]
+fn the_first_token_is_there_while_the_last_is_not_made() {
+    let server = Running::demo();
+    let begun = Instant::now();
+    let mut stream =
+        server.stream(CHAT, &chat("Hello", json!({"stream": true, "ignore_eos": true, "max_tokens": 400})));
+    let first = stream.event().unwrap();
+    assert_eq!(first.json()["choices"][0]["delta"]["role"], "assistant");
+    assert!(!stream.event().unwrap().json()["choices"][0]["delta"]["content"].as_str().unwrap().is_empty());
+    let waited = begun.elapsed();
+    assert_eq!(running_now(&server), 1);
+    let rest = stream.events();
+    assert_eq!(rest.last().unwrap().data, "[DONE]");
+    // 400 steps come after one prompt; a server that keeps tokens back would show the opposite.
+    assert!(begun.elapsed() - waited > waited, "{waited:?} to the first token, {:?} in all", begun.elapsed());
+    until_idle(&server);
+}
+
+#[test]
+fn a_seed_is_an_answer() {
+    let server = Running::demo();
+    let request = json!({"prompt": ANYTHING, "max_tokens": 24, "temperature": 0.8, "logprobs": 3, "ignore_eos": true});
+    let drawn = server.ask(COMPLETIONS, &request);
+    let seed = drawn["seed"].as_u64().unwrap_or_else(|| panic!("no seed in {drawn}"));
+    let seeded = |seed: u64| server.ask(COMPLETIONS, &with(request.clone(), json!({"seed": seed})));
+    let digests: BTreeSet<String> = (0..20).map(|_| seeded(seed)["choices"].to_string()).collect();
+    assert_eq!(digests, BTreeSet::from([drawn["choices"].to_string()]));
+    assert_eq!(seeded(seed)["seed"], seed);
+    // Others differ: one of them by chance alone could agree.
+    assert!((1..=4).any(|other| seeded(seed ^ other)["choices"][0]["text"] != drawn["choices"][0]["text"]));
+    assert_ne!(server.ask(COMPLETIONS, &request)["seed"], seed);
+}
+
+#[test]
+fn an_answer_does_not_depend_on_the_company() {
+    let server = Running::demo();
+    let request = json!({"prompt": ANYTHING, "max_tokens": 24, "temperature": 0.8, "logprobs": 3, "seed": 7});
+    let alone = server.ask(COMPLETIONS, &request)["choices"].to_string();
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..6)
+            .map(|i| {
+                let (server, request) = (&server, &request);
+                scope.spawn(move || {
+                    let other = json!({"prompt": "x".repeat(40 * i + 1), "max_tokens": 5 + i, "seed": i});
+                    server.ask(COMPLETIONS, &other);
+                    server.ask(COMPLETIONS, request)["choices"].to_string()
+                })
+            })
+            .collect();
+        for thread in threads {
+            assert_eq!(thread.join().unwrap(), alone);
+        }
+    });
+}
+
+#[test]
+fn every_filter_is_taken_and_means_something() {
+    let server = Running::demo();
+    let ask = |more: Value| {
+        let hot = json!({"prompt": ANYTHING, "max_tokens": 24, "temperature": 2, "seed": 5, "ignore_eos": true});
+        server.ask(COMPLETIONS, &with(hot, more))["choices"][0]["text"].as_str().unwrap().to_owned()
+    };
+    let greedy = ask(json!({"temperature": 0}));
+    let hot = ask(json!({}));
+    assert_ne!(hot, greedy);
+    for single in [json!({"top_k": 1}), json!({"top_p": 0}), json!({"min_p": 1}), json!({"temperature": 1e-30})] {
+        assert_eq!(ask(single.clone()), greedy, "{single}");
+    }
+    for some in [json!({"top_k": 3}), json!({"top_p": 0.5}), json!({"min_p": 0.2})] {
+        assert_ne!(ask(some.clone()), hot, "{some}");
+    }
+    for none in [json!({"top_k": 0}), json!({"top_k": -1}), json!({"top_p": 1}), json!({"min_p": 0})] {
+        assert_eq!(ask(none.clone()), hot, "{none}");
+    }
+}
+
+#[test]
+fn lengths_and_stop_strings_end_an_answer() {
+    let server = Running::demo();
+    let whole = server.ask(CHAT, &chat(SUM, json!({})));
+    for name in ["max_tokens", "max_completion_tokens"] {
+        let short = server.ask(CHAT, &chat(SUM, json!({name: 5})));
+        assert_eq!(content(&short), &content(&whole)[..5]);
+        assert_eq!(
+            (&short["choices"][0]["finish_reason"], &short["usage"]["completion_tokens"]),
+            (&"length".into(), &5.into())
+        );
+    }
+    // In the middle of the answer, over several tokens.
+    let stop = &content(&whole)[4..7];
+    let expected = &content(&whole)[..content(&whole).find(stop).unwrap()];
+    for stops in [json!(stop), json!(["no such text", stop])] {
+        let stopped = server.ask(CHAT, &chat(SUM, json!({"stop": stops})));
+        assert_eq!((content(&stopped), &stopped["choices"][0]["finish_reason"]), (expected, &"stop".into()));
+        let stream = server.stream(CHAT, &chat(SUM, json!({"stop": stops, "stream": true}))).events();
+        assert_eq!(streamed(&stream).0, expected);
+    }
+}
+
+#[test]
+fn token_ids_are_a_prompt() {
+    let server = Running::demo();
+    let spoken = server.ask(CHAT, &chat(SUM, json!({})));
+    let request = json!({"prompt": chat_ids(SUM), "temperature": 0, "max_tokens": 100, "logprobs": 2});
+    let completed = server.ask(COMPLETIONS, &request);
+    assert_eq!(completed["choices"][0]["text"], content(&spoken));
+    assert_eq!(completed["usage"], spoken["usage"]);
+    let events = server.stream(COMPLETIONS, &with(request, json!({"stream": true}))).events();
+    let (last, chunks) = events.split_last().unwrap();
+    assert_eq!(last.data, "[DONE]");
+    let text: String = chunks.iter().map(|e| e.json()["choices"][0]["text"].as_str().unwrap().to_owned()).collect();
+    assert_eq!(text, content(&spoken));
+
+    let logprobs = &completed["choices"][0]["logprobs"];
+    for name in ["tokens", "token_logprobs", "top_logprobs", "text_offset"] {
+        let chunks = chunks.iter().map(Event::json);
+        let pieces: Vec<Value> =
+            chunks.filter_map(|chunk| chunk["choices"][0]["logprobs"][name].as_array().cloned()).flatten().collect();
+        assert_eq!(&Value::from(pieces), &logprobs[name], "{name}");
+    }
+    // Greedy: the chosen token is the likeliest, to the last digit.
+    for (place, token) in logprobs["tokens"].as_array().unwrap().iter().enumerate() {
+        assert_eq!(logprobs["top_logprobs"][place][token.as_str().unwrap()], logprobs["token_logprobs"][place]);
+    }
+}
+
+#[test]
+fn a_job_starts_counts_and_ends() {
+    let server = Running::demo();
+    let text = server.ask(COMPLETIONS, &json!({"prompt": ANYTHING, "max_tokens": 20, "temperature": 0, "seed": 1}));
+    let job = json!({"job_id": "j-1", "prompt": ANYTHING, "max_tokens": 20, "temperature": 0, "seed": 1});
+    let events = server.stream("/execute", &job).events();
+    let names: Vec<&str> = events.iter().map(|event| event.name.as_str()).collect();
+    let tokens = events.len() - 2;
+    assert_eq!(names, [&["started"][..], &vec!["token"; tokens], &["end"]].concat());
+    let started = events[0].json();
+    assert_eq!((&started["job_id"], &started["model"], &started["seed"]), (&"j-1".into(), &"demo".into(), &1.into()));
+    let said: String = events[1..=tokens].iter().map(|event| event.json()["t"].as_str().unwrap().to_owned()).collect();
+    assert_eq!(said, text["choices"][0]["text"].as_str().unwrap());
+    for (place, event) in events[1..=tokens].iter().enumerate() {
+        assert_eq!(event.json()["i"], place);
+    }
+    let end = events.last().unwrap().json();
+    assert_eq!(end["tokens_out"], text["usage"]["completion_tokens"]);
+    assert!(end["stop_reason"] == "max_tokens" || end["stop_reason"] == "eos", "{end}");
+}
+
+#[test]
+fn clients_that_leave_do_not_keep_the_engine() {
+    let server = Running::demo();
+    // Each of these would be many seconds of work, and all of them more than the client's patience.
+    let endless = chat("Hello", json!({"ignore_eos": true, "max_tokens": 2000}));
+    for _ in 0..20 {
+        let mut stream = server.stream(CHAT, &with(endless.clone(), json!({"stream": true})));
+        assert!(stream.event().is_some());
+    }
+    assert!(content(&server.ask(CHAT, &chat(SUM, json!({})))).contains("42"));
+    until_idle(&server);
+
+    let waiting: Vec<_> = (0..20).map(|_| server.posted(CHAT, &endless)).collect();
+    let start = Instant::now();
+    while load(&server) < waiting.len() as u64 {
+        assert!(start.elapsed() < PATIENCE, "{} requests arrived", load(&server));
+    }
+    drop(waiting);
+    assert!(content(&server.ask(CHAT, &chat(SUM, json!({})))).contains("42"));
+    until_idle(&server);
+}
+
+#[test]
+fn bad_requests_are_refused_clearly_and_the_next_one_is_answered() {
+    let server = Running::demo();
+    let long = "a".repeat(3000);
+    let prompt_tokens = chat_ids(&long).len().to_string();
+    for (path, body, status, says) in [
+        (CHAT, "{\"messages\": [".to_owned(), 400, vec!["JSON"]),
+        (CHAT, String::new(), 400, vec!["empty"]),
+        (CHAT, "[1]".to_owned(), 400, vec!["object"]),
+        (CHAT, "{}".to_owned(), 400, vec!["messages"]),
+        (CHAT, chat(&long, json!({})).to_string(), 400, vec![prompt_tokens.as_str(), "2048"]),
+        (CHAT, chat("x", json!({"max_tokens": 5000})).to_string(), 400, vec!["5000", "2048"]),
+        (CHAT, chat("x", json!({"max_tokens": 0})).to_string(), 400, vec!["max_tokens"]),
+        (CHAT, chat("x", json!({"temperature": "hot"})).to_string(), 400, vec!["temperature"]),
+        (CHAT, chat("x", json!({"top_p": 1.5})).to_string(), 400, vec!["top_p"]),
+        (CHAT, chat("x", json!({"model": "other"})).to_string(), 404, vec!["other", "demo"]),
+        (COMPLETIONS, json!({"prompt": [1, 272]}).to_string(), 400, vec!["272"]),
+        (COMPLETIONS, json!({"prompt": []}).to_string(), 400, vec!["prompt"]),
+        (COMPLETIONS, json!({"prompt": vec![1; 2048]}).to_string(), 400, vec!["2048"]),
+        ("/execute", json!({"job_id": "j", "prompt": "x", "max_tokens": 0}).to_string(), 400, vec!["max_tokens"]),
+        ("/v2/chat", "{}".to_owned(), 404, vec!["/v2/chat"]),
+    ] {
+        let reply = server.post_text(path, &body);
+        let shown = &body[..body.len().min(80)];
+        assert_eq!(reply.status, status, "{path} {shown}: {}", reply.body);
+        let reply = reply.json();
+        assert!(says.iter().all(|part| reply.to_string().contains(part)), "{path} {shown}: {reply}");
+    }
+    assert!(content(&server.ask(CHAT, &chat(SUM, json!({})))).contains("42"));
+    until_idle(&server);
+}
+
+#[test]
+fn a_signal_lets_answers_finish() {
+    let mut server = Running::demo();
+    let mut stream =
+        server.stream(CHAT, &chat("Hello", json!({"stream": true, "ignore_eos": true, "max_tokens": 400})));
+    assert!(stream.event().is_some());
+    server.terminate();
+    assert_eq!(stream.events().last().unwrap().data, "[DONE]");
+    assert_eq!(server.exit_status().code(), Some(0));
+}
+
+#[test]
+fn it_answers_though_nobody_reads_its_log() {
+    let mut server = Running::demo_unheard();
+    for _ in 0..2 {
+        assert!(content(&server.ask(CHAT, &chat(SUM, json!({})))).contains("42"));
+    }
+    assert_eq!(server.post_text(CHAT, "{").status, 400);
+    server.terminate();
+    assert_eq!(server.exit_status().code(), Some(0));
+}
+
+#[test]
+fn a_second_server_on_the_port_says_so() {
+    let first = Running::demo();
+    let port = first.address.port().to_string();
+    let second = Command::new(env!("CARGO_BIN_EXE_lockstep"))
+        .args(["serve", "--device", "cpu", "--port", &port])
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    assert_eq!(second.status.code(), Some(1));
+    let stderr = String::from_utf8(second.stderr).unwrap();
+    assert!(stderr.starts_with("error: ") && stderr.lines().count() == 1, "{stderr}");
+    assert!(stderr.contains(&port) && stderr.contains("in use"), "{stderr}");
+    assert!(content(&first.ask(CHAT, &chat(SUM, json!({})))).contains("42"));
+}

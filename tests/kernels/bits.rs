@@ -1,0 +1,90 @@
+//! The GPU's bits against the CPU's, for every kernel without tensor cores.
+
+use std::collections::BTreeMap;
+
+use crate::rig::Rig;
+
+/// Kernels whose products go through tensor cores, whose sums are rounded as the hardware likes.
+const TENSOR_CORES: [&str; 10] = [
+    "attention_decode_32",
+    "attention_decode_64",
+    "attention_decode_96",
+    "attention_decode_128",
+    "attention_prefill_32",
+    "attention_prefill_64",
+    "attention_prefill_96",
+    "attention_prefill_128",
+    "linear_bf16",
+    "linear_f32",
+];
+
+/// Cases and values of a kernel.
+#[derive(Clone, Copy, Default)]
+struct Covered {
+    cases: usize,
+    values: usize,
+}
+
+/// What the records cover, tensor-core kernels left out. Panics when a kernel is missing.
+#[track_caller]
+fn coverage(rig: &Rig) -> BTreeMap<&'static str, Covered> {
+    let names = kernels_gpu::KERNELS.iter().map(|kernel| kernel.name);
+    let mut covered: BTreeMap<_, _> = names.map(|name| (name, Covered::default())).collect();
+    for record in &rig.records {
+        let entry = covered.get_mut(record.kernel).unwrap();
+        entry.cases += 1;
+        entry.values += record.bits.len();
+    }
+    for (name, entry) in &covered {
+        assert!(entry.cases > 0 && entry.values > 0, "no case covers {name}");
+    }
+    covered.retain(|name, _| !TENSOR_CORES.contains(name));
+    assert_eq!(covered.len() + TENSOR_CORES.len(), kernels_gpu::KERNELS.len());
+    covered
+}
+
+#[test]
+fn cases_cover_every_kernel() {
+    let mut rig = Rig::sabotaged(None);
+    for (_, body) in super::BODIES {
+        body(&mut rig);
+    }
+    coverage(&rig);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn the_gpu_gives_the_bits_of_the_cpu() {
+    let (mut cpu, mut gpu) = (Rig::fast(), Rig::cuda());
+    let mut faults = Vec::new();
+    for (name, body) in super::BODIES {
+        let from = cpu.records.len();
+        body(&mut cpu);
+        body(&mut gpu);
+        assert_eq!(cpu.records.len(), gpu.records.len(), "{name}: the devices ran other cases");
+        for (case, (a, b)) in cpu.records.iter().zip(&gpu.records).enumerate().skip(from) {
+            assert_eq!((a.kernel, a.bits.len()), (b.kernel, b.bits.len()), "{name}: the devices ran other cases");
+            if TENSOR_CORES.contains(&a.kernel) {
+                continue;
+            }
+            let differing = (0..a.bits.len()).filter(|&index| a.bits[index] != b.bits[index]);
+            let places: Vec<usize> = differing.collect();
+            if let Some(&first) = places.first() {
+                faults.push(format!(
+                    "{} (case {} of {name}): {} of {} values differ, the first at {first}: CPU {:#x}, GPU {:#x}",
+                    a.kernel,
+                    case - from,
+                    places.len(),
+                    a.bits.len(),
+                    a.bits[first],
+                    b.bits[first]
+                ));
+            }
+        }
+    }
+    println!("{:<18} {:>6} {:>10}", "kernel", "cases", "values");
+    for (name, entry) in coverage(&cpu) {
+        println!("{name:<18} {:>6} {:>10}", entry.cases, entry.values);
+    }
+    assert!(faults.is_empty(), "bits differ:\n{}", faults.join("\n"));
+}

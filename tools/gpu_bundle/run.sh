@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# On a machine with a GPU: runs the GPU tests, the references and the benchmark of a bundle that pack.sh made.
+#   tools/gpu_bundle/run.sh FOLDER [tests|references|full-size|bench|sanitize|all]...
+# Needs python3 with torch and transformers for the references, compute-sanitizer for `sanitize`.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+folder=$(realpath "$1")
+shift
+[ $# -gt 0 ] || set -- all
+out=${OUT:-$folder/out}
+mkdir -p "$out"
+export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:-}:$(python3 -c 'import nvidia, os
+print(":".join(os.path.join(p, d, "lib") for p in nvidia.__path__ for d in os.listdir(p)))' 2>/dev/null)"
+# Tests know the checkout they were built in.
+checkout=$(cat "$folder/checkout")
+[ -e "$checkout" ] || { mkdir -p "$(dirname "$checkout")" && ln -s "$PWD" "$checkout"; }
+binary=$(cat "$folder/binary")
+[ -e "$binary" ] || { mkdir -p "$(dirname "$binary")" && ln -s "$folder/lockstep" "$binary"; }
+full_size=${FULL_SIZE:-/tmp/full_size}
+failed=0
+section() { echo "=== $1 ($(date +%T))"; }
+check() { "$@" || { failed=$((failed + 1)); echo "FAILED: $*"; }; }
+
+nvidia-smi -L
+for part in "$@"; do
+    [ "$part" = tests ] || [ "$part" = all ] && {
+        section tests
+        for test in "$folder"/tests/*; do
+            echo "--- $(basename "$test")"
+            check timeout 300 "$test" --ignored --test-threads=4 --skip compiler --skip benchmark
+        done
+    }
+    [ "$part" = references ] || [ "$part" = all ] && {
+        section references
+        check python3 tools/reference/compare.py --bin "$folder/lockstep" --device cuda:0
+    }
+    [ "$part" = bench ] || [ "$part" = full-size ] || [ "$part" = all ] && [ ! -d "$full_size" ] && {
+        section "making the full-size model"
+        check python3 tools/reference/full_size.py --out "$full_size"
+    }
+    [ "$part" = bench ] || [ "$part" = all ] && {
+        section bench
+        check "$folder/step" "$full_size"
+        check "$folder/step" "$full_size" --json >"$out/step.json"
+    }
+    [ "$part" = full-size ] || [ "$part" = all ] && {
+        section "full size"
+        check "$folder/lockstep" verify --model "$full_size"
+        check python3 tools/reference/full_size.py --out "$full_size" --check "$folder/lockstep" --device cuda:0
+    }
+    [ "$part" = sanitize ] && {
+        section sanitize
+        for tool in memcheck racecheck initcheck; do
+            for test in "$folder"/tests/*; do
+                check timeout 500 compute-sanitizer --tool "$tool" --error-exitcode 9 "$test" --ignored --test-threads=1 ${SANITIZE_FILTER:-}
+            done
+        done
+    }
+done
+section "$failed failed"
+[ "$failed" = 0 ]
