@@ -168,7 +168,7 @@ fn together(model: &Arc<Model>, options: EngineOptions, requests: &[Request], se
 }
 
 fn request(prompt: Vec<u32>, max_tokens: u32, sampling: Sampling, logprobs: Option<u32>) -> Request {
-    Request { prompt, max_tokens, sampling, stop_tokens: Vec::new(), logprobs }
+    Request { prompt, max_tokens, sampling, stop_tokens: Vec::new(), logprobs, cache_salt: None }
 }
 
 fn tokens(count: usize, seed: u64) -> Vec<u32> {
@@ -295,6 +295,12 @@ fn a_warm_cache_changes_nothing(device: &Device) {
         let answer = warm.ask(&request);
         assert_eq!(answer.finish.cached_tokens, cached, "{} tokens", prompt.len());
         assert_eq!(answer.bits, alone(&model, &request), "{} tokens", prompt.len());
+    }
+    // Another salt finds nothing and answers alike.
+    let salted = Request { cache_salt: Some("mine".to_owned()), ..first.clone() };
+    for cached in [0, 128] {
+        let answer = warm.ask(&salted);
+        assert_eq!((answer.finish.cached_tokens, &answer.bits), (cached, &cold.bits));
     }
     // The same request, from the cache, to its full length.
     let again = warm.ask(&first);

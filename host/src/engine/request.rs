@@ -54,6 +54,9 @@ pub struct Request {
     pub stop_tokens: Vec<u32>,
     /// Report log-probabilities, and those of the `n` most likely tokens (0 to 20) at each position.
     pub logprobs: Option<u32>,
+    /// What is computed of this request is used again only for requests with the same salt. It changes no answer; it
+    /// keeps others from learning by the clock what was asked.
+    pub cache_salt: Option<String>,
 }
 
 /// A generated token.

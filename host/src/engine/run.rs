@@ -153,14 +153,14 @@ impl Worker {
     /// After a device failure every request is refused with its reason.
     fn take(&mut self, Submission { mut request, sink }: Submission) {
         self.counted_waiting += 1;
-        let prompt = std::mem::take(&mut request.prompt);
+        let (prompt, salt) = (std::mem::take(&mut request.prompt), request.cache_salt.take());
         let most_tokens = prompt.len() + request.max_tokens as usize;
         let mut client = Client::new(request, prompt.len(), sink);
         if let Some(reason) = lock(&self.shared.failure).clone() {
             client.fail(EngineError::Device(reason));
             return;
         }
-        match self.scheduler.submit(prompt, most_tokens, None) {
+        match self.scheduler.submit(prompt, most_tokens, salt.as_deref()) {
             Ok(id) => {
                 self.clients.insert(id, client);
             }

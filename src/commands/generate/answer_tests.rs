@@ -34,7 +34,7 @@ impl Engine for Script {
 
 fn request(logprobs: Option<u32>) -> Request {
     let sampling = Sampling { seed: 42, ..Sampling::default() };
-    Request { prompt: vec![1, 2], max_tokens: 8, sampling, stop_tokens: vec![], logprobs }
+    Request { prompt: vec![1, 2], max_tokens: 8, sampling, stop_tokens: vec![], logprobs, cache_salt: None }
 }
 
 fn token(id: u32) -> Event {
