@@ -11,7 +11,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use host::device::Device;
+use host::device::{CpuOptions, Device};
 use host::engine::{
     CacheSize, Engine, EngineOptions, Event, EventSink, Finish, Handle, Refused, Request, Sampling, Status,
     SubmitError, spawn,
@@ -378,6 +378,27 @@ fn nothing_changes_anything_on_the_gpu() {
     a_warm_cache_changes_nothing(&device);
     giving_up_pages_changes_nothing(&device);
     asking_for_log_probabilities_changes_nothing(&device);
+}
+
+/// Races, and reads of memory that nobody wrote: none, though requests share pages, join and leave.
+#[test]
+fn checked_mode_finds_nothing_in_a_shared_step() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/models/qwen2-w64-r2");
+    let prompt: Vec<u32> = (0..70).map(|token| token % 50).collect();
+    let requests: Vec<Request> = [(70, 3), (68, 2), (5, 4), (1, 3)]
+        .map(|(length, max_tokens)| request(prompt[..length].to_vec(), max_tokens, Sampling::default(), Some(1)))
+        .into();
+    let answers = |checked| {
+        let device = Device::cpu(CpuOptions { checked, ..CpuOptions::default() }).unwrap();
+        let model = Arc::new(Model::load(&device, &folder, Some(128), &mut |_, _| {}).unwrap());
+        let options = EngineOptions { cache: CacheSize::Pages(5), chunk_tokens: 48, ..options(&model) };
+        let running = Running::new(&model, options);
+        let receivers: Vec<_> = requests.iter().map(|request| running.submit(request)).collect();
+        let answers: Vec<Bits> = receivers.iter().map(|events| collect(events).bits).collect();
+        assert!(running.settled().pages.hits > 0);
+        answers
+    };
+    assert_eq!(answers(true), answers(false));
 }
 
 #[test]

@@ -22,7 +22,7 @@ pub struct EngineOptions {
 /// How much memory the KV cache gets. Except for [`Pages`](Self::Pages) it holds at least one full context.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum CacheSize {
-    /// This part of the memory that is free once everything else is allocated, 0 to 1.
+    /// This part of the memory that is free once everything else is allocated, 0 to 1, as far as it is of use.
     FreeFraction(f64),
     /// At most so many bytes.
     Bytes(u64),
@@ -57,15 +57,50 @@ impl EngineOptions {
 }
 
 impl CacheSize {
-    /// Pages of `page_bytes`; a context has `context_pages`.
-    pub(super) fn pages(self, device: &Device, page_bytes: u64, context_pages: usize) -> Result<usize, DeviceError> {
+    /// Pages of `page_bytes`; a context has `context_pages`, and `max_running` requests run at once.
+    pub(super) fn pages(
+        self,
+        device: &Device,
+        page_bytes: u64,
+        context_pages: usize,
+        max_running: usize,
+    ) -> Result<usize, DeviceError> {
         let bytes = match self {
             Self::Pages(pages) => return Ok(pages),
             Self::Bytes(bytes) => bytes,
             Self::FreeFraction(fraction) => (device.memory_info()?.free_bytes as f64 * fraction.clamp(0.0, 1.0)) as u64,
         };
-        // Page numbers are u32 on the device.
-        let fitting = usize::try_from(bytes / page_bytes).unwrap_or(usize::MAX).min(u32::MAX as usize);
-        Ok(fitting.max(context_pages))
+        let fitting = usize::try_from(bytes / page_bytes).unwrap_or(usize::MAX);
+        // A small model needs no large GPU's whole memory: what all running requests can fill, and three times as much
+        // for prompts to come.
+        let useful = max_running.saturating_mul(context_pages).saturating_mul(4);
+        Ok(fitting.min(useful).max(context_pages))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::CpuOptions;
+
+    #[test]
+    fn the_cache_holds_a_context_and_no_more_than_is_useful() {
+        let device = Device::cpu(CpuOptions::default()).unwrap();
+        let pages = |size: CacheSize| size.pages(&device, 1000, 8, 4).unwrap();
+        assert_eq!(pages(CacheSize::Bytes(0)), 8);
+        assert_eq!(pages(CacheSize::Bytes(9_999)), 9);
+        assert_eq!(pages(CacheSize::Bytes(u64::MAX)), 128);
+        assert_eq!(pages(CacheSize::FreeFraction(0.0)), 8);
+        assert_eq!(pages(CacheSize::FreeFraction(0.5)), 128);
+        assert_eq!(pages(CacheSize::Pages(3)), 3);
+    }
+
+    #[test]
+    fn options_that_allow_nothing_are_refused() {
+        let device = Device::cpu(CpuOptions::default()).unwrap();
+        let options = EngineOptions::for_device(&device);
+        options.check().unwrap();
+        assert!(EngineOptions { chunk_tokens: 0, ..options }.check().is_err());
+        assert!(EngineOptions { max_running: 0, ..options }.check().is_err());
     }
 }

@@ -18,8 +18,8 @@ use crate::device::DeviceError;
 use crate::model::{KvCache, Model, StepLimits, Workspace};
 use crate::ops::PAGE;
 
-/// The least time between two recounts of the pages.
-const RECOUNT: Duration = Duration::from_secs(1);
+/// How long nothing has to happen before the pages are recounted, so that the recount seldom delays a request.
+const RECOUNT_AFTER: Duration = Duration::from_secs(1);
 
 /// Starts an engine for `model` on its own thread. All memory that it will use is allocated here.
 ///
@@ -41,8 +41,9 @@ pub fn spawn(model: Arc<Model>, options: EngineOptions) -> Result<(Handle, JoinH
     let sampler = Sampler::new(&device, segments, model.config().vocab)?;
     // The cache comes last: it may take what is left.
     let page_bytes = KvCache::page_bytes(model.config().layers, model.heads());
-    let pages = options.cache.pages(&device, page_bytes, context_pages)?;
+    let pages = options.cache.pages(&device, page_bytes, context_pages, options.max_running)?;
     let cache = model.kv_cache(pages)?;
+    tracing::info!(pages, tokens = cache.capacity_tokens(), bytes = pages as u64 * page_bytes, "KV cache");
     let limits = SchedulerLimits { page_tokens: PAGE, pages, running: options.max_running, step_tokens: rows };
     let shared = Arc::new(Shared {
         device,
@@ -64,7 +65,7 @@ pub fn spawn(model: Arc<Model>, options: EngineOptions) -> Result<(Handle, JoinH
         clients: BTreeMap::new(),
         batch: Batch::default(),
         counted_waiting: 0,
-        recounted: Instant::now(),
+        recount_due: false,
         residency_check: options.residency_check,
         shared: shared.clone(),
     };
@@ -102,7 +103,8 @@ struct Worker {
     batch: Batch,
     /// How many of `Shared::waiting` are the scheduler's; the others are in the channel.
     counted_waiting: usize,
-    recounted: Instant,
+    /// Something was computed since the last recount.
+    recount_due: bool,
     residency_check: Duration,
     shared: Arc<Shared>,
 }
@@ -120,7 +122,6 @@ impl Worker {
                 if !open {
                     return;
                 }
-                self.recount();
             } else if let Err(error) = self.step() {
                 self.fail(&error);
             }
@@ -135,9 +136,13 @@ impl Worker {
     /// Takes all that was submitted; with nothing to do, waits for it. False once nobody can submit any more.
     fn receive(&mut self, submissions: &Receiver<Submission>, patience: Duration) -> bool {
         if self.scheduler.is_idle() {
+            let patience = if self.recount_due { patience.min(RECOUNT_AFTER) } else { patience };
             match submissions.recv_timeout(patience) {
                 Ok(submission) => self.take(submission),
-                Err(RecvTimeoutError::Timeout) => return true,
+                Err(RecvTimeoutError::Timeout) => {
+                    self.recount();
+                    return true;
+                }
                 Err(RecvTimeoutError::Disconnected) => return false,
             }
         }
@@ -184,6 +189,7 @@ impl Worker {
 
     /// Computes a step and tells everybody whose next token it chose.
     fn step(&mut self) -> Result<(), DeviceError> {
+        self.recount_due = true;
         let plan = self.scheduler.plan();
         self.publish();
         if plan.segments.is_empty() {
@@ -250,10 +256,9 @@ impl Worker {
     /// With nothing to do: recounts the pages. Wrong books could give one request another's context, so they stop the
     /// engine.
     fn recount(&mut self) {
-        if self.recounted.elapsed() < RECOUNT {
+        if !std::mem::take(&mut self.recount_due) {
             return;
         }
-        self.recounted = Instant::now();
         if let Err(reason) = self.scheduler.check_integrity() {
             tracing::error!(reason, "the pages of the KV cache are not accounted for; the engine answers nothing more");
             *lock(&self.shared.failure) = Some(format!("the pages of the KV cache are not accounted for: {reason}"));

@@ -243,21 +243,68 @@ struct PenaltyEntry {
     bias: f32,
 }
 
-/// Each (row, token) that a penalty or a bias concerns, once, in order. What a row lists follows from that row alone.
+/// Each (row, token) that a penalty or a bias concerns, once. What a row lists follows from that row alone.
 fn penalty_entries(rows: &[SampleRow<'_>]) -> Vec<PenaltyEntry> {
     let mut entries = Vec::new();
     for (index, row) in rows.iter().enumerate() {
-        let counts = is_penalised(row).then_some(row.counts).into_iter().flatten();
-        let mut tokens: BTreeMap<u32, (u32, f32)> = counts.map(|(&id, &count)| (id, (count, 0.0))).collect();
+        let counts = if is_penalised(row) { row.counts } else { const { &BTreeMap::new() } };
+        let mut biases: BTreeMap<u32, f32> = BTreeMap::new();
         for &(id, bias) in &row.sampling.logit_bias {
-            tokens.entry(id).or_insert((0, 0.0)).1 += bias;
+            *biases.entry(id).or_insert(0.0) += bias;
         }
-        entries.extend(tokens.into_iter().map(|(token, (count, bias))| PenaltyEntry {
-            row: index as u32,
-            token,
-            count,
-            bias,
+        let row = index as u32;
+        entries.extend(counts.iter().map(|(&token, &count)| {
+            let bias = biases.remove(&token).unwrap_or(0.0);
+            PenaltyEntry { row, token, count, bias }
         }));
+        entries.extend(biases.into_iter().map(|(token, bias)| PenaltyEntry { row, token, count: 0, bias }));
     }
     entries
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::CpuOptions;
+
+    #[test]
+    fn more_biases_than_are_applied_at_once() {
+        const ROWS: usize = 20;
+        const VOCAB: usize = 1000;
+        const { assert!(ROWS * VOCAB > ENTRIES) };
+        let device = Device::cpu(CpuOptions::default()).unwrap();
+        let mut sampler = Sampler::new(&device, ROWS, VOCAB).unwrap();
+        let logits = device.alloc_from(&[0.5; ROWS * VOCAB], MemoryKind::Other, "logits").unwrap();
+        let wanted = |row: usize| (row * 47 + 13) as u32;
+        let samplings: Vec<Sampling> = (0..ROWS)
+            .map(|row| {
+                let bias = |id| (id, if id == wanted(row) { 1.0 } else { -1.0 - row as f32 });
+                Sampling { temperature: 0.0, logit_bias: (0..VOCAB as u32).map(bias).collect(), ..Sampling::default() }
+            })
+            .collect();
+        let counts = BTreeMap::new();
+        let rows: Vec<_> = samplings
+            .iter()
+            .map(|sampling| SampleRow { sampling, counts: &counts, position: 1, logprobs: None })
+            .collect();
+        let sampled = sampler.sample(&logits.as_slice(), &rows).unwrap();
+        let ids: Vec<_> = sampled.into_iter().map(|sampled| sampled.id).collect();
+        assert_eq!(ids, (0..ROWS).map(|row| Some(wanted(row))).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn what_a_row_lists_follows_from_it_alone() {
+        let counts: BTreeMap<u32, u32> = [(3, 2), (5, 1)].into();
+        let listed = |sampling: Sampling| {
+            let row = SampleRow { sampling: &sampling, counts: &counts, position: 9, logprobs: None };
+            let entries = penalty_entries(&[row]);
+            entries.iter().map(|entry| (entry.row, entry.token, entry.count, entry.bias)).collect::<Vec<_>>()
+        };
+        let bias = vec![(5, 1.0), (7, -2.0), (5, 0.5)];
+        assert_eq!(listed(Sampling::default()), []);
+        let biased = Sampling { logit_bias: bias.clone(), ..Sampling::default() };
+        assert_eq!(listed(biased.clone()), [(0, 5, 0, 1.5), (0, 7, 0, -2.0)]);
+        let both = Sampling { presence_penalty: 0.1, ..biased };
+        assert_eq!(listed(both), [(0, 3, 2, 0.0), (0, 5, 1, 1.5), (0, 7, 0, -2.0)]);
+    }
 }
