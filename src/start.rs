@@ -2,13 +2,16 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
+use cuda_std::launch::KernelDesc;
 use host::device::{CpuOptions, Device, KernelImage, KernelImages};
 use host::engine::{EngineOptions, Handle, spawn};
-use host::model::Model;
+use host::model::{Model, ModelConfig};
 use host::verify;
-use kernels_gpu::KERNELS;
+use kernels_gpu::kernels_for;
 
 use crate::cli::{DeviceChoice, ModelArguments};
 use crate::model_folder;
@@ -26,6 +29,28 @@ pub(crate) const IMAGES: KernelImages<'static> = KernelImages {
 pub(crate) struct Started {
     pub(crate) engine: Handle,
     pub(crate) model: Arc<Model>,
+    /// After the engine, so that it is dropped after it.
+    pub(crate) thread: EngineThread,
+}
+
+/// The engine's thread. Waits for it when dropped: a process that ends while another thread frees memory of a GPU can
+/// crash in the driver's own clean-up.
+pub(crate) struct EngineThread(Option<JoinHandle<()>>);
+
+/// The thread ends with the step it is in; a device that hangs must not keep the process.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+impl Drop for EngineThread {
+    fn drop(&mut self) {
+        let Some(thread) = self.0.take() else { return };
+        let deadline = Instant::now() + PATIENCE;
+        while !thread.is_finished() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if thread.is_finished() && thread.join().is_err() {
+            tracing::error!("the engine's thread panicked");
+        }
+    }
 }
 
 /// Opens the device, loads the model with a progress display, starts the engine.
@@ -39,14 +64,14 @@ pub(crate) fn start(source: &ModelArguments, folder: &Path) -> anyhow::Result<St
         );
     }
     let options = EngineOptions::for_device(model.device());
-    // The thread ends with the process, or when the last handle is gone.
-    let (engine, _thread) = spawn(Arc::clone(&model), options)?;
-    Ok(Started { engine, model })
+    let (engine, thread) = spawn(Arc::clone(&model), options)?;
+    Ok(Started { engine, model, thread: EngineThread(Some(thread)) })
 }
 
 /// Opens the device and loads the model onto it.
 pub(crate) fn load(source: &ModelArguments, folder: &Path) -> anyhow::Result<Model> {
-    let device = open_device(source.device)?;
+    let kernels = kernels_for(ModelConfig::load(folder)?.head_width);
+    let device = open_device(source.device, &kernels)?;
     let mut progress = Progress::on_stderr(format!("loading {}", model_folder::name(folder)));
     Ok(Model::load(&device, folder, None, &mut |done, total| progress.show(done, total))?)
 }
@@ -61,14 +86,14 @@ pub(crate) fn describe(device: &Device) -> String {
 
 /// `auto` means the first GPU if there is one; a GPU that is there but cannot be used is an error, because answering a
 /// hundred times slower in silence helps nobody.
-fn open_device(choice: DeviceChoice) -> anyhow::Result<Device> {
+fn open_device(choice: DeviceChoice, kernels: &[&'static KernelDesc]) -> anyhow::Result<Device> {
     match choice {
         DeviceChoice::Cpu => cpu(),
         DeviceChoice::Auto if Device::cuda_count() == 0 => cpu(),
         DeviceChoice::Auto => {
-            Device::cuda(0, &IMAGES, KERNELS).map_err(|error| anyhow!("{error}; --device cpu works without the GPU"))
+            Device::cuda(0, &IMAGES, kernels).map_err(|error| anyhow!("{error}; --device cpu works without the GPU"))
         }
-        DeviceChoice::Cuda(ordinal) => Ok(Device::cuda(ordinal, &IMAGES, KERNELS)?),
+        DeviceChoice::Cuda(ordinal) => Ok(Device::cuda(ordinal, &IMAGES, kernels)?),
     }
 }
 

@@ -76,6 +76,17 @@ pub const KERNELS: &[&cuda_std::launch::KernelDesc] = &[
     temperature::temperature::KERNEL,
 ];
 
+/// The kernels that a model with heads of `head_width` elements needs: a device that is opened with fewer kernels is ready
+/// sooner.
+#[cfg(not(target_arch = "nvptx64"))]
+pub fn kernels_for(head_width: usize) -> Vec<&'static cuda_std::launch::KernelDesc> {
+    let suits = |name: &str| {
+        let width = name.strip_prefix("attention_decode_").or_else(|| name.strip_prefix("attention_prefill_"));
+        width.is_none_or(|width| width.parse() == Ok(head_width))
+    };
+    KERNELS.iter().copied().filter(|kernel| suits(kernel.name)).collect()
+}
+
 #[cfg(target_arch = "nvptx64")]
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {

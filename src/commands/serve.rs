@@ -29,7 +29,7 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<ExitCode> {
     let template = ChatTemplate::load(&folder)?;
     drop(bind(&arguments.host, arguments.port)?);
 
-    let Started { engine, model } = start(&arguments.source, &folder)?;
+    let Started { engine, model, thread: _thread } = start(&arguments.source, &folder)?;
     let chats = template.is_some();
     let info = model_info(&model, &folder);
     let mut announcement = announcement(&model, &info);

@@ -42,6 +42,25 @@ impl<'a> KernelImages<'a> {
     }
 }
 
+/// The text without the entries that are not in `kernels`: compiling PTX takes time in proportion to its length.
+pub(super) fn only(ptx: &str, kernels: &[&KernelDesc]) -> String {
+    let mut text = String::with_capacity(ptx.len());
+    let mut left_out = false;
+    for line in ptx.lines() {
+        if let Some((_, rest)) = line.split_once(".entry ") {
+            let name = rest.split(|c: char| c == '(' || c.is_whitespace()).next().unwrap_or_default();
+            left_out = !kernels.iter().any(|kernel| kernel.name == name);
+        }
+        if !left_out {
+            text.push_str(line);
+            text.push('\n');
+        }
+        // A body ends with a brace of its own line, not indented.
+        left_out &= line != "}";
+    }
+    text
+}
+
 /// The entries of a PTX text with the bytes of their parameters.
 pub(super) fn entries(ptx: &str) -> HashMap<&str, Vec<usize>> {
     let mut entries = HashMap::new();
@@ -212,5 +231,16 @@ mod tests {
         assert_eq!(name(100).as_deref(), Some("sm_100"));
         assert_eq!(name(120).as_deref(), Some("sm_100"));
         assert!(KernelImages { images: &[] }.select(90).is_none());
+    }
+
+    #[test]
+    fn entries_that_are_not_asked_for_are_left_out() {
+        let text = ".version 7.4\n.func helper()\n{\n\tret;\n}\n.visible .entry keep(\n\t.param .u32 keep_0\n)\n{\n\tret;\n}\n\
+                    .visible .entry keep_not(\n\t.param .u32 p\n)\n{\n\tret;\n}\n// end\n";
+        let keep = KernelDesc { name: "keep", block: 32, params: &[], entry: |_| {} };
+        let short = only(text, &[&keep]);
+        assert_eq!(entries(&short).into_keys().collect::<Vec<_>>(), ["keep"]);
+        assert!(short.contains(".func helper") && short.ends_with("// end\n") && !short.contains("keep_not"));
+        assert_eq!(only(text, &[]).matches("ret;").count(), 1, "the helper stays");
     }
 }

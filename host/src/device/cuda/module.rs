@@ -9,7 +9,7 @@ use cuda_std::launch::{Arg, Grid, KernelDesc, Launch, MAX_PARAMS};
 use cudarc::driver::sys::{self, CUfunction_attribute_enum as FunctionAttribute, CUjit_option_enum as JitOption};
 
 use super::context::Context;
-use crate::device::ptx::check;
+use crate::device::ptx::{check, only};
 use crate::device::{DeviceError, KernelImage, KernelImages};
 
 /// The kernels of one image.
@@ -55,7 +55,7 @@ impl Module {
             ))
         })?;
         check(image.ptx, kernels).map_err(|text| DeviceError::ModelLoadFailed(format!("{}: {text}", image.name())))?;
-        let ptx = CString::new(image.ptx)
+        let ptx = CString::new(only(image.ptx, kernels))
             .map_err(|_| DeviceError::ModelLoadFailed(format!("the image {} has a NUL byte", image.name())))?;
         context.enter()?;
         let mut log = vec![0_u8; LOG_BYTES];
