@@ -123,6 +123,7 @@ fn answer(engine: &impl Engine, prompt: &[u32], golden: &Golden) -> Vec<TokenEve
         sampling: Sampling { temperature: 0.0, ..Sampling::default() },
         stop_tokens: Vec::new(),
         logprobs: Some(golden[0].len() as u32),
+        cache_salt: None,
     };
     engine.submit(request, Box::new(Channel(events))).unwrap();
     let mut tokens = Vec::new();

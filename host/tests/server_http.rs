@@ -163,6 +163,25 @@ fn whole_answers() {
 }
 
 #[test]
+fn tokens_from_the_cache_are_counted_and_the_salt_reaches_the_engine() {
+    let server = Fixture::new(say(b"abc"));
+    let details = |body: &str| {
+        let reply = server.post("/v1/completions", body).json();
+        reply["usage"]["prompt_tokens_details"].clone()
+    };
+    assert_eq!(details(r#"{"prompt": "hello"}"#), Value::Null);
+    assert_eq!(details(r#"{"prompt": "hello", "cache_salt": "me"}"#), json!({"cached_tokens": 2}));
+    assert_eq!(details(r#"{"prompt": ["a", "b"], "cache_salt": "me"}"#), json!({"cached_tokens": 4}));
+    assert_eq!(server.engine.requests.lock().unwrap()[1].cache_salt.as_deref(), Some("me"));
+    let chat = r#"{"messages": [{"role": "user", "content": "hi"}], "cache_salt": "me", "stream": true,
+        "stream_options": {"include_usage": true}}"#;
+    let reply = server.post("/v1/chat/completions", chat);
+    assert_eq!(reply.body.matches("\"prompt_tokens_details\":{\"cached_tokens\":2}").count(), 1, "{}", reply.body);
+    let refused = server.post("/v1/completions", r#"{"prompt": "hello", "cache_salt": 7}"#);
+    assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!("cache_salt")));
+}
+
+#[test]
 fn several_prompts_stream_with_their_index() {
     let server = Fixture::new(say(b"abc"));
     let body = r#"{"prompt": ["x", "y"], "stream": true, "stream_options": {"include_usage": true, "continuous_usage_stats": true}}"#;

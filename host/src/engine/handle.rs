@@ -1,13 +1,21 @@
 //! The seam between the engine and whoever brings it requests.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{SyncSender, TrySendError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::check::check;
+use super::pages::PageCounts;
+use super::scheduler::SchedulerLimits;
 use super::{EventSink, Request, SubmitError};
+use crate::device::Device;
 
 /// What the engine is doing now, for health checks and admission. Read from memory; asking costs no device call.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Status {
     /// Requests being generated.
     pub running: usize,
-    /// Requests waiting for a place.
+    /// Requests waiting for a place, those that had to give theirs up included.
     pub waiting: usize,
     /// False once the device failed or the engine stopped: nothing more will be answered.
     pub healthy: bool,
@@ -17,6 +25,10 @@ pub struct Status {
     pub resident: bool,
     /// Bytes of device memory held.
     pub device_bytes_used: u64,
+    /// Pages of the KV cache.
+    pub pages: PageCounts,
+    /// Times a request had to give up its pages and was computed again.
+    pub preemptions: u64,
 }
 
 /// Takes requests without blocking.
@@ -29,4 +41,88 @@ pub trait Engine: Send + Sync + 'static {
 
     /// What the engine is doing now.
     fn status(&self) -> Status;
+}
+
+/// A running engine, to give requests to. Cheap to clone; the engine stops when the last clone is gone and its queue is
+/// empty.
+#[derive(Clone, Debug)]
+pub struct Handle {
+    pub(super) queue: SyncSender<Submission>,
+    pub(super) shared: Arc<Shared>,
+}
+
+/// What the handles and the engine's thread both see.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) device: Device,
+    pub(super) queue_limit: usize,
+    pub(super) context_tokens: usize,
+    pub(super) vocab_size: usize,
+    pub(super) limits: SchedulerLimits,
+    /// In the channel or in the scheduler's queue.
+    pub(super) waiting: AtomicUsize,
+    pub(super) progress: Mutex<Progress>,
+    pub(super) failure: Mutex<Option<String>>,
+    pub(super) resident: Mutex<Result<(), String>>,
+}
+
+/// What the engine's thread last said of itself.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Progress {
+    pub(super) running: usize,
+    pub(super) pages: PageCounts,
+    pub(super) preemptions: u64,
+}
+
+pub(super) struct Submission {
+    pub(super) request: Request,
+    pub(super) sink: Box<dyn EventSink>,
+}
+
+impl Engine for Handle {
+    fn submit(&self, request: Request, sink: Box<dyn EventSink>) -> Result<(), SubmitError> {
+        let shared = &self.shared;
+        if let Some(reason) = lock(&shared.failure).clone() {
+            return Err(SubmitError::Stopped { reason });
+        }
+        check(&request, shared.context_tokens, shared.vocab_size, &shared.limits)?;
+        // The channel has as many places, and whoever is in it is counted: it is never full.
+        let limit = shared.queue_limit;
+        let place = |waiting: usize| (waiting < limit).then_some(waiting + 1);
+        if shared.waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, place).is_err() {
+            return Err(SubmitError::QueueFull { limit });
+        }
+        self.queue.try_send(Submission { request, sink }).map_err(|error| {
+            shared.waiting.fetch_sub(1, Ordering::Relaxed);
+            match error {
+                TrySendError::Full(_) => SubmitError::QueueFull { limit },
+                TrySendError::Disconnected(_) => SubmitError::Stopped { reason: "its thread has ended".to_owned() },
+            }
+        })
+    }
+
+    fn status(&self) -> Status {
+        let shared = &self.shared;
+        let failure = lock(&shared.failure)
+            .clone()
+            .or_else(|| shared.device.failure().map(|error| error.to_string()))
+            .or_else(|| lock(&shared.resident).clone().err());
+        // The waiting are read under the lock under which they become running.
+        let progress = lock(&shared.progress);
+        Status {
+            running: progress.running,
+            waiting: shared.waiting.load(Ordering::Relaxed),
+            healthy: failure.is_none(),
+            failure,
+            resident: lock(&shared.resident).is_ok(),
+            device_bytes_used: shared.device.tracker().total_bytes(),
+            pages: progress.pages,
+            preemptions: progress.preemptions,
+        }
+    }
+}
+
+/// A lock whose holder panicked still holds plain values.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

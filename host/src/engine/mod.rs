@@ -4,19 +4,33 @@
 //! | --- | --- |
 //! | `request` | what is asked and what is answered |
 //! | `handle` | the seam to whoever brings requests |
-//! | `run` | the engine's thread: queue, steps, delivery |
-//! | `sequence` | a running request's tokens |
+//! | `options` | what an engine is set up with; the size of the KV cache |
+//! | `check` | what is refused before it waits |
+//! | `run` | the engine's thread: queue, steps, failure |
+//! | `scheduler` | what each step computes: admission, budget, preemption; no tensors |
+//! | `sequence` | a request's tokens and its pages |
+//! | `pages` | the page pool: who holds which page, which contents are known |
+//! | `batch` | a plan as the model takes it |
+//! | `client` | a request's owner: delivery |
 //! | `sampler` | logits to tokens |
 
+mod batch;
+mod check;
+mod client;
 mod handle;
+mod options;
+mod pages;
 mod request;
 mod run;
 mod sampler;
+mod scheduler;
 mod sequence;
 
-pub use handle::{Engine, Status};
+pub use handle::{Engine, Handle, Status};
+pub use options::{CacheSize, EngineOptions};
+pub use pages::PageCounts;
 pub use request::{
     EngineError, Event, EventSink, Finish, FinishReason, Refused, Request, Sampling, SubmitError, TokenEvent,
 };
-pub use run::{EngineOptions, Handle, spawn};
+pub use run::spawn;
 pub use sampler::{MAX_TOP_LOGPROBS, SampleRow, Sampled, Sampler};

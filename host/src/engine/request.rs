@@ -54,6 +54,9 @@ pub struct Request {
     pub stop_tokens: Vec<u32>,
     /// Report log-probabilities, and those of the `n` most likely tokens (0 to 20) at each position.
     pub logprobs: Option<u32>,
+    /// What is computed of this request is used again only for requests with the same salt. It changes no answer; it
+    /// keeps others from learning by the clock what was asked.
+    pub cache_salt: Option<String>,
 }
 
 /// A generated token.
@@ -85,6 +88,8 @@ pub struct Finish {
     pub prompt_tokens: u32,
     /// Tokens generated, the stop token not counted.
     pub generated_tokens: u32,
+    /// Tokens of the prompt that earlier requests had computed already.
+    pub cached_tokens: u32,
 }
 
 /// What a request's owner is told: any number of tokens, then exactly one `End` or `Error`.
@@ -146,6 +151,19 @@ pub enum SubmitError {
         /// Tokens that fit.
         context_tokens: usize,
     },
+    /// Prompt and answer need more pages than the KV cache has.
+    #[error(
+        "prompt and answer need {needed_pages} pages of {page_tokens} tokens; the KV cache has {total_pages} in all; ask \
+         for less, or give the cache more memory"
+    )]
+    NeverFits {
+        /// Pages that are needed.
+        needed_pages: usize,
+        /// Pages that there are.
+        total_pages: usize,
+        /// Tokens of a page.
+        page_tokens: usize,
+    },
     /// A token id is outside the vocabulary.
     #[error("token id {id} is outside the vocabulary of {vocab_size}")]
     UnknownToken {
@@ -184,6 +202,14 @@ pub enum EngineError {
     /// The engine was stopped before the answer was complete.
     #[error("the server is shutting down")]
     Stopped,
+    /// The request needs more pages than the KV cache has.
+    #[error("the request needs {needed_pages} pages of the KV cache, which has {total_pages} in all")]
+    NeverFits {
+        /// Pages that are needed.
+        needed_pages: usize,
+        /// Pages that there are.
+        total_pages: usize,
+    },
     /// The model produced no usable number (every logit is NaN or negative infinity).
     #[error("the model gave no finite logit at position {position}; its weights may be damaged")]
     NoFiniteLogit {
@@ -198,6 +224,7 @@ impl EngineError {
     pub fn code(&self) -> &'static str {
         match self {
             Self::Device(_) | Self::NoFiniteLogit { .. } => "INFERENCE_FAILED",
+            Self::NeverFits { .. } => "INVALID_REQUEST",
             Self::SlowReader => "SLOW_READER",
             Self::Stopped => "SHUTTING_DOWN",
         }

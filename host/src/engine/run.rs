@@ -1,209 +1,81 @@
-//! The engine's own thread: takes requests from a bounded queue and generates, one request at a time.
+//! The engine's own thread: takes requests from a bounded queue and computes them together, a step at a time.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, sync_channel};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::batch::Batch;
+use super::client::Client;
+use super::handle::{Handle, Progress, Shared, Submission, lock};
 use super::sampler::{SampleRow, Sampler};
-use super::sequence::Sequence;
-use super::{
-    Engine, EngineError, Event, EventSink, Finish, FinishReason, Refused, Request, Sampling, Status, SubmitError,
-    TokenEvent,
-};
-use crate::device::{Device, DeviceError};
-use crate::model::{KvCache, Model, Prefill, Step, StepLimits, Workspace};
+use super::scheduler::{NeverFits, Scheduler, SchedulerLimits};
+use super::sequence::SequenceId;
+use super::{EngineError, EngineOptions};
+use crate::device::DeviceError;
+use crate::model::{KvCache, Model, StepLimits, Workspace};
 use crate::ops::PAGE;
 
-/// What an engine is set up with.
-#[derive(Clone, Copy, Debug)]
-pub struct EngineOptions {
-    /// Requests that may wait.
-    pub queue: usize,
-    /// Tokens of a prompt that one step computes at most. It changes no answer.
-    pub chunk_tokens: usize,
-    /// How often memory is checked to be where it should be.
-    pub residency_check: Duration,
-}
-
-impl EngineOptions {
-    /// What suits the device.
-    #[must_use]
-    pub fn for_device(device: &Device) -> Self {
-        let chunk_tokens = if device.is_cuda() { 4096 } else { 256 };
-        Self { queue: 256, chunk_tokens, residency_check: Duration::from_secs(60) }
-    }
-}
-
-/// A running engine, to give requests to. Cheap to clone; the engine stops when the last clone is gone and its queue is
-/// empty.
-#[derive(Clone, Debug)]
-pub struct Handle {
-    queue: SyncSender<Submission>,
-    shared: Arc<Shared>,
-}
-
-#[derive(Debug)]
-struct Shared {
-    device: Device,
-    queue_limit: usize,
-    context_tokens: usize,
-    vocab_size: usize,
-    waiting: AtomicUsize,
-    running: AtomicUsize,
-    failure: Mutex<Option<String>>,
-    resident: Mutex<Result<(), String>>,
-}
-
-struct Submission {
-    request: Request,
-    sink: Box<dyn EventSink>,
-}
+/// How long nothing has to happen before the pages are recounted, so that the recount seldom delays a request.
+const RECOUNT_AFTER: Duration = Duration::from_secs(1);
 
 /// Starts an engine for `model` on its own thread. All memory that it will use is allocated here.
 ///
 /// # Errors
-/// No memory for the cache, the workspace or the sampler; no thread.
+/// Options that allow nothing; no memory for the cache, the workspace or the sampler; no thread.
 pub fn spawn(model: Arc<Model>, options: EngineOptions) -> Result<(Handle, JoinHandle<()>), DeviceError> {
+    options.check()?;
     let device = model.device().clone();
-    let pages = model.context_tokens().div_ceil(PAGE);
-    let limits = StepLimits {
-        rows: options.chunk_tokens.min(model.context_tokens()),
-        decode_rows: 1,
-        logits_rows: 1,
-        table_entries: pages,
-    };
-    let worker = Worker {
-        cache: model.kv_cache(pages)?,
-        workspace: model.workspace(limits)?,
-        sampler: Sampler::new(&device, 1, model.config().vocab)?,
-        page_table: (0..pages as u32).collect(),
-        options,
-        shared: Arc::new(Shared {
-            device: device.clone(),
-            queue_limit: options.queue,
-            context_tokens: model.context_tokens(),
-            vocab_size: model.config().vocab,
-            waiting: AtomicUsize::new(0),
-            running: AtomicUsize::new(0),
-            failure: Mutex::new(None),
-            resident: Mutex::new(Ok(())),
-        }),
+    let context_pages = model.context_tokens().div_ceil(PAGE);
+    // At least 2, as for the scheduler; no more than all requests can fill.
+    let rows = options.chunk_tokens.min(options.max_running.saturating_mul(model.context_tokens())).max(2);
+    let segments = options.max_running.min(rows);
+    let workspace = model.workspace(StepLimits {
+        rows,
+        decode_rows: segments,
+        logits_rows: segments,
+        table_entries: segments * context_pages,
+    })?;
+    let sampler = Sampler::new(&device, segments, model.config().vocab)?;
+    // The cache comes last: it may take what is left.
+    let page_bytes = KvCache::page_bytes(model.config().layers, model.heads());
+    let pages = options.cache.pages(&device, page_bytes, context_pages, options.max_running)?;
+    let cache = model.kv_cache(pages)?;
+    tracing::info!(pages, tokens = cache.capacity_tokens(), bytes = pages as u64 * page_bytes, "KV cache");
+    let limits = SchedulerLimits { page_tokens: PAGE, pages, running: options.max_running, step_tokens: rows };
+    let shared = Arc::new(Shared {
+        device,
+        queue_limit: options.queue,
+        context_tokens: model.context_tokens(),
+        vocab_size: model.config().vocab,
+        limits,
+        waiting: AtomicUsize::new(0),
+        progress: Mutex::default(),
+        failure: Mutex::new(None),
+        resident: Mutex::new(Ok(())),
+    });
+    let mut worker = Worker {
         model,
+        cache,
+        workspace,
+        sampler,
+        scheduler: Scheduler::new(limits),
+        clients: BTreeMap::new(),
+        batch: Batch::default(),
+        counted_waiting: 0,
+        recount_due: false,
+        residency_check: options.residency_check,
+        shared: shared.clone(),
     };
-    let shared = worker.shared.clone();
+    worker.publish();
     let (queue, submissions) = sync_channel(options.queue);
     let thread = std::thread::Builder::new()
         .name("engine".to_owned())
         .spawn(move || worker.run(&submissions))
         .map_err(|error| DeviceError::Unknown(format!("the engine's thread cannot start: {error}")))?;
     Ok((Handle { queue, shared }, thread))
-}
-
-impl Engine for Handle {
-    fn submit(&self, request: Request, sink: Box<dyn EventSink>) -> Result<(), SubmitError> {
-        let shared = &self.shared;
-        if let Some(reason) = lock(&shared.failure).clone() {
-            return Err(SubmitError::Stopped { reason });
-        }
-        check(&request, shared.context_tokens, shared.vocab_size)?;
-        shared.waiting.fetch_add(1, Ordering::Relaxed);
-        self.queue.try_send(Submission { request, sink }).map_err(|error| {
-            shared.waiting.fetch_sub(1, Ordering::Relaxed);
-            match error {
-                TrySendError::Full(_) => SubmitError::QueueFull { limit: shared.queue_limit },
-                TrySendError::Disconnected(_) => SubmitError::Stopped { reason: "its thread has ended".to_owned() },
-            }
-        })
-    }
-
-    fn status(&self) -> Status {
-        let shared = &self.shared;
-        let failure = lock(&shared.failure)
-            .clone()
-            .or_else(|| shared.device.failure().map(|error| error.to_string()))
-            .or_else(|| lock(&shared.resident).clone().err());
-        Status {
-            waiting: shared.waiting.load(Ordering::SeqCst),
-            running: shared.running.load(Ordering::SeqCst),
-            healthy: failure.is_none(),
-            failure,
-            resident: lock(&shared.resident).is_ok(),
-            device_bytes_used: shared.device.tracker().total_bytes(),
-        }
-    }
-}
-
-/// A lock whose holder panicked still holds plain values.
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Refuses what could not be answered.
-fn check(request: &Request, context_tokens: usize, vocab_size: usize) -> Result<(), SubmitError> {
-    if request.prompt.is_empty() {
-        return Err(SubmitError::EmptyPrompt);
-    }
-    if request.max_tokens == 0 {
-        return Err(SubmitError::NoTokens);
-    }
-    if request.prompt.len().saturating_add(request.max_tokens as usize) > context_tokens {
-        return Err(SubmitError::TooLong {
-            prompt_tokens: request.prompt.len(),
-            max_tokens: request.max_tokens,
-            context_tokens,
-        });
-    }
-    let biased = request.sampling.logit_bias.iter().map(|&(id, _)| id);
-    if let Some(id) = request.prompt.iter().copied().chain(biased).find(|&id| id as usize >= vocab_size) {
-        return Err(SubmitError::UnknownToken { id, vocab_size });
-    }
-    check_sampling(&request.sampling)
-}
-
-fn check_sampling(sampling: &Sampling) -> Result<(), SubmitError> {
-    let finite = |name, value: f32, holds: bool, range| {
-        if value.is_finite() && holds {
-            Ok(())
-        } else {
-            Err(SubmitError::OutOfRange { name, value: value.to_string(), range })
-        }
-    };
-    let Sampling { temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, .. } = *sampling;
-    finite("temperature", temperature, temperature >= 0.0, "0 or more")?;
-    finite("top_p", top_p, (0.0..=1.0).contains(&top_p), "0 to 1")?;
-    finite("min_p", min_p, (0.0..=1.0).contains(&min_p), "0 to 1")?;
-    finite("repetition_penalty", repetition_penalty, repetition_penalty > 0.0, "more than 0")?;
-    finite("presence_penalty", presence_penalty, true, "finite")?;
-    finite("frequency_penalty", frequency_penalty, true, "finite")?;
-    sampling.logit_bias.iter().try_for_each(|&(_, bias)| finite("logit_bias", bias, true, "finite"))
-}
-
-/// Why a request stops being worked on.
-enum Stop {
-    /// It ended, or its reader is gone: nothing more to say.
-    Done,
-    /// It failed; the engine goes on.
-    Failed(EngineError),
-    /// The device failed; the engine stops.
-    Device(DeviceError),
-}
-
-impl From<DeviceError> for Stop {
-    fn from(error: DeviceError) -> Self {
-        Self::Device(error)
-    }
-}
-
-struct Worker {
-    model: Arc<Model>,
-    cache: KvCache,
-    workspace: Workspace,
-    sampler: Sampler,
-    page_table: Vec<u32>,
-    options: EngineOptions,
-    shared: Arc<Shared>,
 }
 
 /// Should the engine's thread panic: says that nothing more will be answered, before the queue is dropped.
@@ -215,9 +87,26 @@ impl Drop for LastWord {
             let reason = "the engine's thread panicked; restart the server and report what it wrote";
             lock(&self.0.failure).get_or_insert_with(|| reason.to_owned());
             self.0.waiting.store(0, Ordering::Relaxed);
-            self.0.running.store(0, Ordering::Relaxed);
+            lock(&self.0.progress).running = 0;
         }
     }
+}
+
+struct Worker {
+    model: Arc<Model>,
+    cache: KvCache,
+    workspace: Workspace,
+    sampler: Sampler,
+    scheduler: Scheduler,
+    /// The owners of what the scheduler has, running or waiting.
+    clients: BTreeMap<SequenceId, Client>,
+    batch: Batch,
+    /// How many of `Shared::waiting` are the scheduler's; the others are in the channel.
+    counted_waiting: usize,
+    /// Something was computed since the last recount.
+    recount_due: bool,
+    residency_check: Duration,
+    shared: Arc<Shared>,
 }
 
 impl Worker {
@@ -225,126 +114,162 @@ impl Worker {
         let _last_word = LastWord(self.shared.clone());
         let mut checked = Instant::now();
         loop {
-            let left = self.options.residency_check.saturating_sub(checked.elapsed());
-            match submissions.recv_timeout(left) {
-                Ok(submission) => {
-                    // In this order, so that nobody sees an idle engine that has work.
-                    self.shared.running.store(1, Ordering::SeqCst);
-                    self.shared.waiting.fetch_sub(1, Ordering::SeqCst);
-                    self.serve(submission);
-                    self.shared.running.store(0, Ordering::Relaxed);
+            let left = self.residency_check.saturating_sub(checked.elapsed());
+            let open = self.receive(submissions, left);
+            self.drop_the_gone();
+            if self.scheduler.is_idle() {
+                self.publish();
+                if !open {
+                    return;
                 }
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return,
+            } else if let Err(error) = self.step() {
+                self.fail(&error);
             }
-            if checked.elapsed() >= self.options.residency_check {
-                let verdict = self.shared.device.verify_residency().map_err(|error| error.to_string());
-                if let Err(reason) = &verdict {
-                    tracing::error!(reason, "memory is not where it should be");
-                }
-                *lock(&self.shared.resident) = verdict;
+            self.publish();
+            if checked.elapsed() >= self.residency_check {
+                self.check_residency();
                 checked = Instant::now();
             }
         }
     }
 
-    /// Answers a request to its end. After a device failure every request is refused with its reason.
-    fn serve(&mut self, Submission { request, mut sink }: Submission) {
+    /// Takes all that was submitted; with nothing to do, waits for it. False once nobody can submit any more.
+    fn receive(&mut self, submissions: &Receiver<Submission>, patience: Duration) -> bool {
+        if self.scheduler.is_idle() {
+            let patience = if self.recount_due { patience.min(RECOUNT_AFTER) } else { patience };
+            match submissions.recv_timeout(patience) {
+                Ok(submission) => self.take(submission),
+                Err(RecvTimeoutError::Timeout) => {
+                    self.recount();
+                    return true;
+                }
+                Err(RecvTimeoutError::Disconnected) => return false,
+            }
+        }
+        loop {
+            match submissions.try_recv() {
+                Ok(submission) => self.take(submission),
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
+    /// After a device failure every request is refused with its reason.
+    fn take(&mut self, Submission { mut request, sink }: Submission) {
+        self.counted_waiting += 1;
+        let (prompt, salt) = (std::mem::take(&mut request.prompt), request.cache_salt.take());
+        let most_tokens = prompt.len() + request.max_tokens as usize;
+        let mut client = Client::new(request, prompt.len(), sink);
         if let Some(reason) = lock(&self.shared.failure).clone() {
-            // Whether anybody still listens does not matter any more.
-            let _ = sink.offer(Event::Error(EngineError::Device(reason)));
+            client.fail(EngineError::Device(reason));
             return;
         }
-        let mut sequence = Sequence::new(request, sink);
-        let error = match self.generate(&mut sequence) {
-            Ok(never) => match never {},
-            Err(Stop::Done) => return,
-            Err(Stop::Failed(error)) => error,
-            Err(Stop::Device(error)) => {
-                tracing::error!(code = error.code().as_str(), %error, "the device failed; the engine answers nothing more");
-                *lock(&self.shared.failure) = Some(error.to_string());
-                EngineError::Device(error.to_string())
+        match self.scheduler.submit(prompt, most_tokens, salt.as_deref()) {
+            Ok(id) => {
+                self.clients.insert(id, client);
             }
-        };
-        let _ = sequence.sink.offer(Event::Error(error));
-    }
-
-    /// Steps until the request ends, one way or another.
-    fn generate(&mut self, sequence: &mut Sequence) -> Result<std::convert::Infallible, Stop> {
-        loop {
-            if sequence.sink.is_gone() {
-                return Err(Stop::Done);
-            }
-            let wants_token = self.forward(sequence)?;
-            if wants_token {
-                self.sample(sequence)?;
+            Err(NeverFits { needed_pages, total_pages }) => {
+                client.fail(EngineError::NeverFits { needed_pages, total_pages });
             }
         }
     }
 
-    /// Computes the next chunk of tokens that are not cached. True when the last token's logits are there.
-    fn forward(&mut self, sequence: &mut Sequence) -> Result<bool, DeviceError> {
-        let first = sequence.cached;
-        let rows = (sequence.tokens.len() - first).min(self.workspace.limits().rows);
-        let last = first + rows == sequence.tokens.len();
-        let pages = &self.page_table[..(first + rows).div_ceil(PAGE)];
-        let positions: Vec<u32> = (first as u32..(first + rows) as u32).collect();
-        let prefill = [Prefill { first_row: 0, rows, first_position: first, table_start: 0, table_len: pages.len() }];
-        let (decode_rows, prefills) = if rows == 1 { (1, &prefill[..0]) } else { (0, &prefill[..]) };
-        let logits_rows = [rows as u32 - 1];
-        let step = Step {
-            tokens: &sequence.tokens[first..first + rows],
-            positions: &positions,
-            row_tables: &vec![0; rows],
-            page_tables: pages,
-            decode_rows,
-            prefills,
-            logits_rows: if last { &logits_rows } else { &[] },
-        };
-        self.model.forward(&step, &mut self.cache, &mut self.workspace)?;
-        sequence.cached += rows;
-        Ok(last)
+    /// Those whose readers are gone, in whatever state, give their pages back.
+    fn drop_the_gone(&mut self) {
+        let Self { clients, scheduler, .. } = self;
+        clients.retain(|&id, client| {
+            let stays = !client.is_gone();
+            if !stays {
+                scheduler.remove(id);
+            }
+            stays
+        });
     }
 
-    /// Chooses a token and reports it.
-    fn sample(&mut self, sequence: &mut Sequence) -> Result<(), Stop> {
-        let position = sequence.tokens.len() as u32;
-        let row = SampleRow {
-            sampling: &sequence.request.sampling,
-            counts: &sequence.counts,
-            position,
-            logprobs: sequence.request.logprobs,
-        };
-        let sampled = self.sampler.sample(&self.workspace.logits(1)?, &[row])?.pop();
-        let Some((sampled, id)) = sampled.and_then(|sampled| sampled.id.map(|id| (sampled, id))) else {
-            return Err(Stop::Failed(EngineError::NoFiniteLogit { position }));
-        };
-        if sequence.request.stop_tokens.contains(&id) {
-            return Err(finish(sequence, FinishReason::StopToken(id)));
+    /// Computes a step and tells everybody whose next token it chose.
+    fn step(&mut self) -> Result<(), DeviceError> {
+        self.recount_due = true;
+        let plan = self.scheduler.plan();
+        self.publish();
+        if plan.segments.is_empty() {
+            return Ok(());
         }
-        sequence.push(id);
-        offer(sequence, Event::Token(TokenEvent { id, logprob: sampled.logprob, top: sampled.top }))?;
-        if sequence.generated() == sequence.request.max_tokens as usize {
-            return Err(finish(sequence, FinishReason::Length));
+        self.batch.fill(&plan, &self.scheduler);
+        self.model.forward(&self.batch.step(), &mut self.cache, &mut self.workspace)?;
+        self.scheduler.commit(&plan);
+
+        let mut chosen: Vec<(SequenceId, u32, usize)> = Vec::with_capacity(plan.segments.len());
+        let mut rows: Vec<SampleRow<'_>> = Vec::with_capacity(plan.segments.len());
+        for segment in plan.segments.iter().filter(|segment| segment.wants_token) {
+            if let (Some(sequence), Some(client)) = (self.scheduler.sequence(segment.id), self.clients.get(&segment.id))
+            {
+                let position = sequence.tokens.len() as u32;
+                chosen.push((segment.id, position, sequence.cached_tokens));
+                rows.push(client.sample_row(position));
+            }
+        }
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let sampled = self.sampler.sample(&self.workspace.logits(rows.len())?, &rows)?;
+        for ((id, position, cached_tokens), sampled) in chosen.into_iter().zip(sampled) {
+            let Some(client) = self.clients.get_mut(&id) else { continue };
+            if let Some(token) = client.deliver(sampled, position, cached_tokens) {
+                self.scheduler.push(id, token);
+            } else {
+                self.clients.remove(&id);
+                self.scheduler.remove(id);
+            }
         }
         Ok(())
     }
-}
 
-/// Reports the end.
-fn finish(sequence: &mut Sequence, reason: FinishReason) -> Stop {
-    let finish = Finish {
-        reason,
-        prompt_tokens: sequence.request.prompt.len() as u32,
-        generated_tokens: sequence.generated() as u32,
-    };
-    offer(sequence, Event::End(finish)).err().unwrap_or(Stop::Done)
-}
+    /// The device failed: nobody gets an answer any more.
+    fn fail(&mut self, error: &DeviceError) {
+        tracing::error!(code = error.code().as_str(), %error, "the device failed; the engine answers nothing more");
+        *lock(&self.shared.failure) = Some(error.to_string());
+        for (_, mut client) in std::mem::take(&mut self.clients) {
+            client.fail(EngineError::Device(error.to_string()));
+        }
+        self.scheduler = Scheduler::new(*self.scheduler.limits());
+    }
 
-/// Gives an event to the request's owner.
-fn offer(sequence: &mut Sequence, event: Event) -> Result<(), Stop> {
-    sequence.sink.offer(event).map_err(|refused| match refused {
-        Refused::Gone => Stop::Done,
-        Refused::Full => Stop::Failed(EngineError::SlowReader),
-    })
+    /// Says how things stand.
+    fn publish(&mut self) {
+        let waiting = self.scheduler.waiting();
+        // Under the lock, so that nobody sees an idle engine that has work.
+        let mut progress = lock(&self.shared.progress);
+        *progress = Progress {
+            running: self.scheduler.running().len(),
+            pages: self.scheduler.pages(),
+            preemptions: self.scheduler.preemptions(),
+        };
+        // One operation: others count up at the same time.
+        match waiting.checked_sub(self.counted_waiting) {
+            Some(more) => self.shared.waiting.fetch_add(more, Ordering::Relaxed),
+            None => self.shared.waiting.fetch_sub(self.counted_waiting - waiting, Ordering::Relaxed),
+        };
+        self.counted_waiting = waiting;
+    }
+
+    /// With nothing to do: recounts the pages. Wrong books could give one request another's context, so they stop the
+    /// engine.
+    fn recount(&mut self) {
+        if !std::mem::take(&mut self.recount_due) {
+            return;
+        }
+        if let Err(reason) = self.scheduler.check_integrity() {
+            tracing::error!(reason, "the pages of the KV cache are not accounted for; the engine answers nothing more");
+            *lock(&self.shared.failure) = Some(format!("the pages of the KV cache are not accounted for: {reason}"));
+        }
+    }
+
+    fn check_residency(&self) {
+        let verdict = self.shared.device.verify_residency().map_err(|error| error.to_string());
+        if let Err(reason) = &verdict {
+            tracing::error!(reason, "memory is not where it should be");
+        }
+        *lock(&self.shared.resident) = verdict;
+    }
 }

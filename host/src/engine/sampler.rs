@@ -34,6 +34,10 @@ pub struct Sampled {
 /// The most tokens whose log-probabilities can be asked for.
 pub const MAX_TOP_LOGPROBS: u32 = 20;
 
+/// Penalty entries that are applied at once; a step with more launches again. Each entry stands for itself, so this
+/// changes no bit.
+const ENTRIES: usize = 1 << 14;
+
 /// The sampler's memory, for up to a fixed number of rows.
 #[derive(Debug)]
 pub struct Sampler {
@@ -68,8 +72,6 @@ impl Sampler {
     pub fn new(device: &Device, rows: usize, vocab: usize) -> Result<Self, DeviceError> {
         let kind = MemoryKind::Activations;
         let listed = rows * MAX_TOP_LOGPROBS as usize;
-        // A row lists each token at most once.
-        let entries = rows * vocab;
         Ok(Self {
             device: device.clone(),
             vocab,
@@ -80,8 +82,8 @@ impl Sampler {
             top_ks: device.alloc_unwritten(rows, kind, "top-k")?,
             floats: device.alloc_unwritten(6 * rows, kind, "sampling parameters")?,
             entries: Entries {
-                words: device.alloc_unwritten(3 * entries, kind, "penalty entries")?,
-                biases: device.alloc_unwritten(entries, kind, "logit biases")?,
+                words: device.alloc_unwritten(3 * ENTRIES, kind, "penalty entries")?,
+                biases: device.alloc_unwritten(ENTRIES, kind, "logit biases")?,
             },
             top_ids: device.alloc_unwritten(listed, kind, "most likely tokens")?,
             top_values: device.alloc_unwritten(listed + rows, kind, "log-probabilities")?,
@@ -139,31 +141,30 @@ impl Sampler {
         let parameter = |index: usize| self.floats.slice(index * count..(index + 1) * count);
 
         if adjusted {
-            let entries = penalty_entries(rows);
-            let listed = entries.len();
-            let words: Vec<u32> = entries
-                .iter()
-                .map(|entry| entry.row)
-                .chain(entries.iter().map(|entry| entry.token))
-                .chain(entries.iter().map(|entry| entry.count))
-                .collect();
-            let biases: Vec<f32> = entries.iter().map(|entry| entry.bias).collect();
-            if listed > 0 {
+            for entries in penalty_entries(rows).chunks(ENTRIES) {
+                let listed = entries.len();
+                let words: Vec<u32> = entries
+                    .iter()
+                    .map(|entry| entry.row)
+                    .chain(entries.iter().map(|entry| entry.token))
+                    .chain(entries.iter().map(|entry| entry.count))
+                    .collect();
+                let biases: Vec<f32> = entries.iter().map(|entry| entry.bias).collect();
                 device.upload(self.entries.words.slice_mut(..3 * listed)?, &words)?;
                 device.upload(self.entries.biases.slice_mut(..listed)?, &biases)?;
+                let words = |index: usize| self.entries.words.slice(index * listed..(index + 1) * listed);
+                ops::penalties(
+                    device,
+                    &mut scratch,
+                    &words(0)?,
+                    &words(1)?,
+                    &words(2)?,
+                    &self.entries.biases.slice(..listed)?,
+                    &parameter(3)?,
+                    &parameter(4)?,
+                    &parameter(5)?,
+                )?;
             }
-            let words = |index: usize| self.entries.words.slice(index * listed..(index + 1) * listed);
-            ops::penalties(
-                device,
-                &mut scratch,
-                &words(0)?,
-                &words(1)?,
-                &words(2)?,
-                &self.entries.biases.slice(..listed)?,
-                &parameter(3)?,
-                &parameter(4)?,
-                &parameter(5)?,
-            )?;
         }
         ops::temperature(device, &mut scratch, &parameter(0)?)?;
 
@@ -226,10 +227,13 @@ fn temperature(sampling: &Sampling) -> f32 {
     if sampling.temperature < LEAST_TEMPERATURE { 0.0 } else { sampling.temperature }
 }
 
+fn is_penalised(row: &SampleRow<'_>) -> bool {
+    let Sampling { repetition_penalty, frequency_penalty, presence_penalty, .. } = *row.sampling;
+    (repetition_penalty != 1.0 || frequency_penalty != 0.0 || presence_penalty != 0.0) && !row.counts.is_empty()
+}
+
 fn has_penalties(row: &SampleRow<'_>) -> bool {
-    let Sampling { repetition_penalty, frequency_penalty, presence_penalty, logit_bias, .. } = row.sampling;
-    let penalised = *repetition_penalty != 1.0 || *frequency_penalty != 0.0 || *presence_penalty != 0.0;
-    !logit_bias.is_empty() || (penalised && !row.counts.is_empty())
+    !row.sampling.logit_bias.is_empty() || is_penalised(row)
 }
 
 struct PenaltyEntry {
@@ -239,20 +243,68 @@ struct PenaltyEntry {
     bias: f32,
 }
 
-/// Each (row, token) that a penalty or a bias concerns, once, in order.
+/// Each (row, token) that a penalty or a bias concerns, once. What a row lists follows from that row alone.
 fn penalty_entries(rows: &[SampleRow<'_>]) -> Vec<PenaltyEntry> {
     let mut entries = Vec::new();
     for (index, row) in rows.iter().enumerate() {
-        let mut tokens: BTreeMap<u32, (u32, f32)> = row.counts.iter().map(|(&id, &count)| (id, (count, 0.0))).collect();
+        let counts = if is_penalised(row) { row.counts } else { const { &BTreeMap::new() } };
+        let mut biases: BTreeMap<u32, f32> = BTreeMap::new();
         for &(id, bias) in &row.sampling.logit_bias {
-            tokens.entry(id).or_insert((0, 0.0)).1 += bias;
+            *biases.entry(id).or_insert(0.0) += bias;
         }
-        entries.extend(tokens.into_iter().map(|(token, (count, bias))| PenaltyEntry {
-            row: index as u32,
-            token,
-            count,
-            bias,
+        let row = index as u32;
+        entries.extend(counts.iter().map(|(&token, &count)| {
+            let bias = biases.remove(&token).unwrap_or(0.0);
+            PenaltyEntry { row, token, count, bias }
         }));
+        entries.extend(biases.into_iter().map(|(token, bias)| PenaltyEntry { row, token, count: 0, bias }));
     }
     entries
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::CpuOptions;
+
+    #[test]
+    fn more_biases_than_are_applied_at_once() {
+        const ROWS: usize = 20;
+        const VOCAB: usize = 1000;
+        const { assert!(ROWS * VOCAB > ENTRIES) };
+        let device = Device::cpu(CpuOptions::default()).unwrap();
+        let mut sampler = Sampler::new(&device, ROWS, VOCAB).unwrap();
+        let logits = device.alloc_from(&[0.5; ROWS * VOCAB], MemoryKind::Other, "logits").unwrap();
+        let wanted = |row: usize| (row * 47 + 13) as u32;
+        let samplings: Vec<Sampling> = (0..ROWS)
+            .map(|row| {
+                let bias = |id| (id, if id == wanted(row) { 1.0 } else { -1.0 - row as f32 });
+                Sampling { temperature: 0.0, logit_bias: (0..VOCAB as u32).map(bias).collect(), ..Sampling::default() }
+            })
+            .collect();
+        let counts = BTreeMap::new();
+        let rows: Vec<_> = samplings
+            .iter()
+            .map(|sampling| SampleRow { sampling, counts: &counts, position: 1, logprobs: None })
+            .collect();
+        let sampled = sampler.sample(&logits.as_slice(), &rows).unwrap();
+        let ids: Vec<_> = sampled.into_iter().map(|sampled| sampled.id).collect();
+        assert_eq!(ids, (0..ROWS).map(|row| Some(wanted(row))).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn what_a_row_lists_follows_from_it_alone() {
+        let counts: BTreeMap<u32, u32> = [(3, 2), (5, 1)].into();
+        let listed = |sampling: Sampling| {
+            let row = SampleRow { sampling: &sampling, counts: &counts, position: 9, logprobs: None };
+            let entries = penalty_entries(&[row]);
+            entries.iter().map(|entry| (entry.row, entry.token, entry.count, entry.bias)).collect::<Vec<_>>()
+        };
+        let bias = vec![(5, 1.0), (7, -2.0), (5, 0.5)];
+        assert_eq!(listed(Sampling::default()), []);
+        let biased = Sampling { logit_bias: bias.clone(), ..Sampling::default() };
+        assert_eq!(listed(biased.clone()), [(0, 5, 0, 1.5), (0, 7, 0, -2.0)]);
+        let both = Sampling { presence_penalty: 0.1, ..biased };
+        assert_eq!(listed(both), [(0, 3, 2, 0.0), (0, 5, 1, 1.5), (0, 7, 0, -2.0)]);
+    }
 }

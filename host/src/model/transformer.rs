@@ -3,6 +3,7 @@
 //! Rounding points, all of them (everything between is f32): the normalised rows; queries, keys and values after bias
 //! and rotation; attention probabilities; attention's output; gate and up; their product. The residual stream stays f32.
 
+use std::ops::Range;
 use std::path::Path;
 
 use half::bf16;
@@ -182,6 +183,8 @@ impl Model {
     pub fn workspace(&self, limits: StepLimits) -> Result<Workspace, DeviceError> {
         let (config, heads, device) = (&self.config, self.heads(), &self.device);
         let spans = self.context_tokens.div_ceil(PAGE);
+        let partials = |rows| ops::partials_len(heads, rows, spans);
+        let bounded_partials = partials(limits.decode_rows).min(PARTIALS.max(partials(1)));
         let indices = 3 * limits.rows + limits.logits_rows + limits.table_entries;
         let activation = |len: usize, label: &str| device.alloc_unwritten::<f32>(len, MemoryKind::Activations, label);
         let operand = |len: usize, label: &str| device.alloc_unwritten::<bf16>(len, MemoryKind::Activations, label);
@@ -192,7 +195,7 @@ impl Model {
             residual: activation(limits.rows * config.hidden, "residual stream")?,
             normed: operand(limits.rows * config.hidden, "normalised rows")?,
             qkv: activation(limits.rows * heads.qkv_width(), "queries, keys and values")?,
-            partials: activation(ops::partials_len(heads, limits.decode_rows, spans), "attention partials")?,
+            partials: activation(bounded_partials, "attention partials")?,
             attended: operand(limits.rows * heads.query_width(), "attention output")?,
             delta: activation(limits.rows * config.hidden, "layer output")?,
             gate_up: operand(limits.rows * 2 * config.ffn, "gate and up")?,
@@ -237,7 +240,7 @@ impl Model {
         let mut delta = delta.slice_mut(..rows * hidden)?;
         let mut gate_up = gate_up.slice_mut(..rows * 2 * config.ffn)?;
         let mut gated = gated.slice_mut(..rows * config.ffn)?;
-        let longest = step.positions[..step.decode_rows].iter().max().map_or(0, |&last| last as usize + 1);
+        let groups = decode_groups(&step.positions[..step.decode_rows], heads, partials.len());
 
         let table = self.parameters.embedding.rows()?.as_slice();
         ops::embedding(device, &tokens, &table, &mut residual, hidden)?;
@@ -262,19 +265,19 @@ impl Model {
                 heads,
             )?;
             let pages = cache.pages(index);
-            if step.decode_rows > 0 {
-                let single = step.decode_rows;
+            for Group { rows, longest } in &groups {
+                let queries = rows.start * heads.qkv_width()..rows.end * heads.qkv_width();
                 ops::attention_decode(
                     device,
-                    &qkv.as_slice().slice(..single * heads.qkv_width())?,
+                    &qkv.as_slice().slice(queries)?,
                     pages,
-                    &positions.slice(..single)?,
-                    &row_tables.slice(..single)?,
+                    &positions.slice(rows.clone())?,
+                    &row_tables.slice(rows.clone())?,
                     &page_tables,
                     &mut partials.as_slice_mut(),
-                    &mut attended.slice_mut(..single * heads.query_width())?,
+                    &mut attended.slice_mut(rows.start * heads.query_width()..rows.end * heads.query_width())?,
                     heads,
-                    longest,
+                    *longest,
                 )?;
             }
             for prefill in step.prefills {
@@ -351,6 +354,37 @@ impl Model {
     }
 }
 
+/// f32 elements of attention partials (64 MiB) that a step has at most, as long as one row needs no more. Hundreds of
+/// long contexts would need gigabytes; beyond this they are computed in groups, one after the other.
+const PARTIALS: usize = 1 << 24;
+
+/// Single-token rows whose attention is computed at once.
+#[derive(Debug, PartialEq, Eq)]
+struct Group {
+    rows: Range<usize>,
+    /// Tokens of the longest context among them.
+    longest: usize,
+}
+
+/// Cuts rows at `positions` into groups whose partials fit `capacity`. Rows are independent: this changes no bit.
+fn decode_groups(positions: &[u32], heads: HeadShape, capacity: usize) -> Vec<Group> {
+    let mut groups: Vec<Group> = Vec::new();
+    for (row, &position) in positions.iter().enumerate() {
+        let context = position as usize + 1;
+        match groups.last_mut() {
+            Some(group)
+                if ops::partials_len(heads, group.rows.len() + 1, group.longest.max(context).div_ceil(PAGE))
+                    <= capacity =>
+            {
+                group.rows.end = row + 1;
+                group.longest = group.longest.max(context);
+            }
+            _ => groups.push(Group { rows: row..row + 1, longest: context }),
+        }
+    }
+    groups
+}
+
 impl Workspace {
     /// How large a step may be.
     #[must_use]
@@ -364,5 +398,25 @@ impl Workspace {
     /// More rows than the workspace has.
     pub fn logits(&self, rows: usize) -> Result<Slice<'_, f32>, DeviceError> {
         self.logits.slice(..rows * (self.logits.len() / self.limits.logits_rows))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_cover_every_row_once_and_fit() {
+        let heads = HeadShape { query_heads: 4, kv_heads: 2, width: 64 };
+        let one = |spans| ops::partials_len(heads, 1, spans);
+        let positions = [0, 63, 64, 500, 1, 2, 127, 128];
+        let ranges = |capacity| {
+            let groups = decode_groups(&positions, heads, capacity);
+            groups.into_iter().map(|group| (group.rows.start, group.rows.end, group.longest)).collect::<Vec<_>>()
+        };
+        assert_eq!(ranges(8 * one(8)), [(0, 8, 501)]);
+        assert_eq!(ranges(8 * one(8) - 1), [(0, 7, 501), (7, 8, 129)]);
+        assert_eq!(ranges(one(8)), [(0, 3, 65), (3, 4, 501), (4, 7, 128), (7, 8, 129)]);
+        assert_eq!(decode_groups(&[], heads, 1), []);
     }
 }

@@ -51,6 +51,7 @@ pub(super) async fn handle(
             begun: false,
             prompt_tokens,
             generated: 0,
+            cached: 0,
             include_usage: parameters.include_usage,
             continuous_usage: parameters.continuous_usage,
         };
@@ -155,7 +156,7 @@ fn whole(head: Head, answer: &Answer, prompt_tokens: u32, tokenizer: Option<&Tok
         logprobs: tokenizer.map(|t| Logprobs::new(&answer.tokens, t)),
         finish_reason: finish_reason(answer.end.as_ref()),
     };
-    Completion { head, choices: [choice], usage: Usage::new(prompt_tokens, answer.generated) }
+    Completion { head, choices: [choice], usage: Usage::new(prompt_tokens, answer.generated, answer.cached) }
 }
 
 #[derive(Serialize)]
@@ -229,6 +230,7 @@ struct ChatStream {
     begun: bool,
     prompt_tokens: u32,
     generated: u32,
+    cached: u32,
     include_usage: bool,
     continuous_usage: bool,
 }
@@ -237,7 +239,7 @@ impl ChatStream {
     fn chunk(&self, delta: Delta, logprobs: Option<Logprobs>, reason: Option<&'static str>, frames: &mut Frames) {
         let choices = [ChunkChoice { index: 0, delta, logprobs, finish_reason: reason }];
         let usage = if self.continuous_usage {
-            Some(Some(Usage::new(self.prompt_tokens, self.generated)))
+            Some(Some(Usage::new(self.prompt_tokens, self.generated, self.cached)))
         } else {
             self.include_usage.then_some(None)
         };
@@ -256,6 +258,7 @@ impl Protocol for ChatStream {
             self.chunk(role, None, None, frames);
         }
         self.generated = piece.generated;
+        self.cached = piece.cached;
         let logprobs =
             self.tokenizer.as_ref().filter(|_| !piece.tokens.is_empty()).map(|t| Logprobs::new(&piece.tokens, t));
         if !piece.text.is_empty() || logprobs.is_some() {
@@ -268,7 +271,7 @@ impl Protocol for ChatStream {
 
     fn close(&mut self, frames: &mut Frames) {
         if self.include_usage {
-            let usage = Some(Some(Usage::new(self.prompt_tokens, self.generated)));
+            let usage = Some(Some(Usage::new(self.prompt_tokens, self.generated, self.cached)));
             frames.data(&Chunk { head: &self.head, choices: &[], usage });
         }
         frames.done();

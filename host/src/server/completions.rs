@@ -57,6 +57,7 @@ pub(super) async fn handle(
             tokenizer,
             offsets: vec![0; count],
             generated: vec![0; count],
+            cached: vec![0; count],
             prompt_tokens,
             include_usage: parameters.include_usage,
             continuous_usage: parameters.continuous_usage,
@@ -65,6 +66,7 @@ pub(super) async fn handle(
     }
     let answers = collect(generations).await?;
     let generated = answers.iter().map(|a| a.generated).sum();
+    let cached = answers.iter().map(|a| a.cached).sum();
     let choices: Vec<Choice> = (0..)
         .zip(answers)
         .map(|(index, answer)| Choice {
@@ -74,7 +76,7 @@ pub(super) async fn handle(
             text: answer.text,
         })
         .collect();
-    let usage = Some(Some(Usage::new(prompt_tokens, generated)));
+    let usage = Some(Some(Usage::new(prompt_tokens, generated, cached)));
     Ok(json_response(&Completion { head: &head, choices: &choices, usage }))
 }
 
@@ -160,6 +162,7 @@ struct CompletionStream {
     tokenizer: Option<Arc<Tokenizer>>,
     offsets: Vec<usize>,
     generated: Vec<u32>,
+    cached: Vec<u32>,
     prompt_tokens: u32,
     include_usage: bool,
     continuous_usage: bool,
@@ -167,7 +170,7 @@ struct CompletionStream {
 
 impl CompletionStream {
     fn usage(&self) -> Usage {
-        Usage::new(self.prompt_tokens, self.generated.iter().sum())
+        Usage::new(self.prompt_tokens, self.generated.iter().sum(), self.cached.iter().sum())
     }
 
     fn chunk(&self, choice: Choice, frames: &mut Frames) {
@@ -182,6 +185,7 @@ impl Protocol for CompletionStream {
     fn piece(&mut self, choice: usize, piece: Piece, frames: &mut Frames) {
         let index = u32::try_from(choice).unwrap_or(u32::MAX);
         self.generated[choice] = piece.generated;
+        self.cached[choice] = piece.cached;
         let logprobs = match &self.tokenizer {
             Some(tokenizer) if !piece.tokens.is_empty() => {
                 Some(Logprobs::new(&piece.tokens, tokenizer, &mut self.offsets[choice]))

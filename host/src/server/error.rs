@@ -204,7 +204,7 @@ impl From<SubmitError> for ApiError {
             SubmitError::Stopped { reason } => Self::unhealthy(reason),
             SubmitError::EmptyPrompt => Self::invalid("prompt", error.to_string()),
             SubmitError::NoTokens => Self::invalid("max_tokens", error.to_string()),
-            SubmitError::TooLong { .. } => {
+            SubmitError::TooLong { .. } | SubmitError::NeverFits { .. } => {
                 Self::invalid("max_tokens", error.to_string()).with_code("context_length_exceeded")
             }
             SubmitError::UnknownToken { .. } => Self::invalid("prompt", error.to_string()),
@@ -217,6 +217,9 @@ impl From<EngineError> for ApiError {
     fn from(error: EngineError) -> Self {
         match &error {
             EngineError::Stopped => Self::shutting_down(),
+            EngineError::NeverFits { .. } => {
+                Self::invalid("max_tokens", error.to_string()).with_code("context_length_exceeded")
+            }
             EngineError::Device(_) | EngineError::SlowReader | EngineError::NoFiniteLogit { .. } => {
                 Self::internal(error.to_string())
             }

@@ -43,7 +43,7 @@ pub(super) async fn handle(
     })?;
     let seed = job.sampling.seed;
     let stop_tokens = app.model.eos_ids.clone();
-    let request = Request { prompt, max_tokens, sampling: job.sampling, stop_tokens, logprobs: None };
+    let request = Request { prompt, max_tokens, sampling: job.sampling, stop_tokens, logprobs: None, cache_salt: None };
     let generations = server.submit(vec![request], &job.stop, false)?;
     let protocol = JobStream {
         job_id: job.job_id,

@@ -55,6 +55,9 @@ pub(super) struct Piece {
     pub(super) tokens: Vec<TokenEvent>,
     /// Tokens generated so far.
     pub(super) generated: u32,
+    /// Tokens of the prompt that were computed already. Known with the engine's own end only: an answer cut at a stop
+    /// string does not wait for it.
+    pub(super) cached: u32,
     pub(super) end: Option<End>,
 }
 
@@ -67,6 +70,7 @@ pub(super) struct Generation {
     keep_tokens: bool,
     tokens: Vec<TokenEvent>,
     generated: u32,
+    cached: u32,
     ended: bool,
 }
 
@@ -83,6 +87,7 @@ impl Generation {
             keep_tokens,
             tokens: Vec::new(),
             generated: 0,
+            cached: 0,
             ended: false,
         };
         (this, Box::new(Sink { events: sender, overflowed }))
@@ -111,10 +116,13 @@ impl Generation {
                     }
                     return Poll::Ready(self.piece(scan.text, None));
                 }
-                Some(Event::End(finish)) => match finish.reason {
-                    FinishReason::Length => End::Length,
-                    FinishReason::StopToken(_) => End::StopToken,
-                },
+                Some(Event::End(finish)) => {
+                    self.cached = finish.cached_tokens;
+                    match finish.reason {
+                        FinishReason::Length => End::Length,
+                        FinishReason::StopToken(_) => End::StopToken,
+                    }
+                }
                 Some(Event::Error(error)) => End::Failed(error),
                 // The engine dropped the request without a last word.
                 None if self.overflowed.load(Ordering::Acquire) => End::Failed(EngineError::SlowReader),
@@ -134,7 +142,7 @@ impl Generation {
     }
 
     fn piece(&mut self, text: String, end: Option<End>) -> Piece {
-        Piece { text, tokens: std::mem::take(&mut self.tokens), generated: self.generated, end }
+        Piece { text, tokens: std::mem::take(&mut self.tokens), generated: self.generated, cached: self.cached, end }
     }
 
     fn end(&mut self, text: String, end: End) -> Piece {
@@ -150,6 +158,7 @@ pub(super) struct Answer {
     pub(super) text: String,
     pub(super) tokens: Vec<TokenEvent>,
     pub(super) generated: u32,
+    pub(super) cached: u32,
     pub(super) end: Option<End>,
 }
 
@@ -167,6 +176,7 @@ pub(super) async fn collect(mut generations: Vec<Generation>) -> Result<Vec<Answ
                 answer.text.push_str(&piece.text);
                 answer.tokens.extend(piece.tokens);
                 answer.generated = piece.generated;
+                answer.cached = piece.cached;
                 if let Some(End::Failed(error)) = piece.end {
                     return Poll::Ready(Err(error));
                 }
@@ -201,7 +211,8 @@ mod tests {
         Event::Token(TokenEvent { id, logprob: None, top: vec![] })
     }
 
-    const END: Event = Event::End(Finish { reason: FinishReason::Length, prompt_tokens: 1, generated_tokens: 256 });
+    const END: Event =
+        Event::End(Finish { reason: FinishReason::Length, prompt_tokens: 1, generated_tokens: 256, cached_tokens: 0 });
 
     fn collected(generation: Generation) -> Result<Answer, EngineError> {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();

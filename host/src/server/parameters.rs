@@ -31,6 +31,7 @@ pub(super) struct Parameters {
     pub(super) stream: bool,
     pub(super) include_usage: bool,
     pub(super) continuous_usage: bool,
+    cache_salt: Option<String>,
 }
 
 impl Parameters {
@@ -81,6 +82,7 @@ impl Parameters {
             stream: fields.boolean("stream")?.unwrap_or(false),
             include_usage: option("include_usage")?,
             continuous_usage,
+            cache_salt: fields.string("cache_salt")?.map(str::to_owned),
         })
     }
 
@@ -91,7 +93,14 @@ impl Parameters {
         if !self.ignore_eos {
             stop_tokens.extend(app.model.eos_ids.iter().filter(|id| !self.stop_token_ids.contains(id)));
         }
-        Ok(Request { prompt, max_tokens, sampling: self.sampling.clone(), stop_tokens, logprobs })
+        Ok(Request {
+            prompt,
+            max_tokens,
+            sampling: self.sampling.clone(),
+            stop_tokens,
+            logprobs,
+            cache_salt: self.cache_salt.clone(),
+        })
     }
 }
 
@@ -239,11 +248,24 @@ pub(super) struct Usage {
     prompt_tokens: u32,
     completion_tokens: u32,
     total_tokens: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_tokens_details: Option<PromptDetails>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+struct PromptDetails {
+    cached_tokens: u32,
 }
 
 impl Usage {
-    pub(super) fn new(prompt_tokens: u32, completion_tokens: u32) -> Self {
-        Self { prompt_tokens, completion_tokens, total_tokens: prompt_tokens.saturating_add(completion_tokens) }
+    /// `cached_tokens` of the prompt were computed already; 0 says nothing.
+    pub(super) fn new(prompt_tokens: u32, completion_tokens: u32, cached_tokens: u32) -> Self {
+        Self {
+            prompt_tokens,
+            completion_tokens,
+            total_tokens: prompt_tokens.saturating_add(completion_tokens),
+            prompt_tokens_details: (cached_tokens > 0).then_some(PromptDetails { cached_tokens }),
+        }
     }
 }
 

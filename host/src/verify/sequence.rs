@@ -112,6 +112,7 @@ pub(super) fn runs_repeat(model: &Arc<Model>) -> Result<Vec<Line>, DeviceError> 
         sampling: Sampling { temperature, seed, ..Sampling::default() },
         stop_tokens: Vec::new(),
         logprobs: Some(5),
+        cache_salt: None,
     };
     let mut lines = Vec::new();
     let mut warm_digest = None;

@@ -36,7 +36,7 @@ pub fn engine(options: EngineOptions) -> (Handle, JoinHandle<()>) {
 
 pub fn greedy(prompt: Vec<u32>, max_tokens: u32) -> Request {
     let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
-    Request { prompt, max_tokens, sampling, stop_tokens: Vec::new(), logprobs: None }
+    Request { prompt, max_tokens, sampling, stop_tokens: Vec::new(), logprobs: None, cache_salt: None }
 }
 
 /// The demo model's tokens are bytes; 257 begins a turn and 258 ends it.

@@ -84,7 +84,9 @@ pub fn token(id: u32) -> Event {
 }
 
 pub fn end(request: &Request, reason: FinishReason, generated_tokens: u32) -> Event {
-    Event::End(Finish { reason, prompt_tokens: request.prompt.len() as u32, generated_tokens })
+    // Whoever brings a salt finds two tokens.
+    let cached_tokens = if request.cache_salt.is_some() { 2 } else { 0 };
+    Event::End(Finish { reason, prompt_tokens: request.prompt.len() as u32, generated_tokens, cached_tokens })
 }
 
 /// Says `text` a byte at a time as far as `max_tokens` allows, then ends with `EOS`.

@@ -43,7 +43,7 @@ pub(super) struct Summary {
 
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Finish { reason, prompt_tokens, generated_tokens } = self.finish;
+        let Finish { reason, prompt_tokens, generated_tokens, .. } = self.finish;
         write!(f, "{prompt_tokens} + {generated_tokens} tokens, ")?;
         if generated_tokens > 1 && !self.decode.is_zero() {
             let rate = f64::from(generated_tokens - 1) / self.decode.as_secs_f64();

@@ -34,7 +34,7 @@ impl Engine for Script {
 
 fn request(logprobs: Option<u32>) -> Request {
     let sampling = Sampling { seed: 42, ..Sampling::default() };
-    Request { prompt: vec![1, 2], max_tokens: 8, sampling, stop_tokens: vec![], logprobs }
+    Request { prompt: vec![1, 2], max_tokens: 8, sampling, stop_tokens: vec![], logprobs, cache_salt: None }
 }
 
 fn token(id: u32) -> Event {
@@ -42,7 +42,7 @@ fn token(id: u32) -> Event {
 }
 
 fn end(reason: FinishReason, generated_tokens: u32) -> Event {
-    Event::End(Finish { reason, prompt_tokens: 2, generated_tokens })
+    Event::End(Finish { reason, prompt_tokens: 2, generated_tokens, cached_tokens: 0 })
 }
 
 /// A tokenizer of four whole words; 3 is special.
