@@ -53,8 +53,12 @@ impl Drop for EngineThread {
     }
 }
 
-/// Opens the device, loads the model with a progress display, starts the engine.
-pub(crate) fn start(source: &ModelArguments, folder: &Path) -> anyhow::Result<Started> {
+/// Opens the device, loads the model with a progress display, starts an engine with the options that suit the device.
+pub(crate) fn start(
+    source: &ModelArguments,
+    folder: &Path,
+    options: fn(&Device) -> EngineOptions,
+) -> anyhow::Result<Started> {
     let model = Arc::new(load(source, folder)?);
     if let Some(line) = verify::quick(&model)?.iter().find(|line| !line.holds) {
         anyhow::bail!(
@@ -63,8 +67,7 @@ pub(crate) fn start(source: &ModelArguments, folder: &Path) -> anyhow::Result<St
             line.detail
         );
     }
-    let options = EngineOptions::for_device(model.device());
-    let (engine, thread) = spawn(Arc::clone(&model), options)?;
+    let (engine, thread) = spawn(Arc::clone(&model), options(model.device()))?;
     Ok(Started { engine, model, thread: EngineThread(Some(thread)) })
 }
 

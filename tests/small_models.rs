@@ -149,7 +149,7 @@ fn every_model_agrees(device: &Device) {
             "{name} is not what the goldens were made from"
         );
         let model = Arc::new(Model::load(device, &folder, Some(512), &mut |_, _| {}).unwrap());
-        let (engine, _thread) = spawn(model, EngineOptions::for_device(device)).unwrap();
+        let (engine, thread) = spawn(model, EngineOptions::for_one_request(device)).unwrap();
         let (mut worst, mut positions, mut wanted) = (0.0_f32, 0, 0);
         assert_eq!(answers.len(), goldens.prompts.len());
         for (prompt, golden) in goldens.prompts.iter().zip(answers) {
@@ -157,6 +157,8 @@ fn every_model_agrees(device: &Device) {
             (worst, positions, wanted) = (worst.max(found.worst), positions + found.positions, wanted + golden.len());
             complaints.extend(found.complaints.iter().map(|text| format!("{name}, {} tokens: {text}", prompt.len())));
         }
+        drop(engine);
+        thread.join().unwrap();
         println!("{name}: largest error {worst:.4} over {positions} of {wanted} positions");
         // Most greedy answers stay on the reference's path to their end; else little would be compared.
         assert!(wanted == 60 && 2 * positions > wanted, "{name}: {positions} of {wanted} positions");

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Instant, UNIX_EPOCH};
 
 use anyhow::{anyhow, bail};
+use host::engine::EngineOptions;
 use host::model::{Model, ModelConfig};
 use host::server::{App, Limits, ModelInfo};
 use host::text::{ChatTemplate, Tokenizer};
@@ -29,7 +30,7 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<ExitCode> {
     let template = ChatTemplate::load(&folder)?;
     drop(bind(&arguments.host, arguments.port)?);
 
-    let Started { engine, model, thread: _thread } = start(&arguments.source, &folder)?;
+    let Started { engine, model, thread: _thread } = start(&arguments.source, &folder, EngineOptions::for_device)?;
     let chats = template.is_some();
     let info = model_info(&model, &folder);
     let mut announcement = announcement(&model, &info);

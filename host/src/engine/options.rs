@@ -44,6 +44,12 @@ impl EngineOptions {
         }
     }
 
+    /// For one request at a time: as much memory as one full context needs.
+    #[must_use]
+    pub fn for_one_request(device: &Device) -> Self {
+        Self { max_running: 1, cache: CacheSize::Bytes(0), ..Self::for_device(device) }
+    }
+
     /// An error where nothing could be computed.
     pub(super) fn check(&self) -> Result<(), DeviceError> {
         if self.chunk_tokens == 0 || self.max_running == 0 {

@@ -1,13 +1,13 @@
 //! Whole sequences: prefill in any chunks and decode give the same bits, and so do repeated runs.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 use sha2::{Digest, Sha256};
 
 use super::Line;
 use crate::device::DeviceError;
-use crate::engine::{Engine, EngineOptions, Event, EventSink, Refused, Request, Sampling, spawn};
+use crate::engine::{CacheSize, Engine, EngineOptions, Event, EventSink, Refused, Request, Sampling, spawn};
 use crate::model::{KvCache, Model, Prefill, Step, StepLimits, Workspace};
 use crate::ops::PAGE;
 use crate::testing::TestRng;
@@ -101,11 +101,13 @@ fn trace(
     Ok(Trace { logits, cache: cache.download(model.device(), &table, tokens.len())? })
 }
 
-/// Many runs of one request through the engine, at temperature 0 and above; and another seed.
+/// Many runs of one request through the engine, one alone and the others together, at temperature 0 and above; and
+/// another seed.
 pub(super) fn runs_repeat(model: &Arc<Model>) -> Result<Vec<Line>, DeviceError> {
     let prompt_tokens = PROMPT_TOKENS.min(model.context_tokens() - RUN_TOKENS as usize);
     let prompt = random_tokens(model, prompt_tokens, 2);
-    let (handle, thread) = spawn(model.clone(), EngineOptions::for_device(model.device()))?;
+    let options = EngineOptions { cache: CacheSize::Bytes(256 << 20), ..EngineOptions::for_device(model.device()) };
+    let (handle, thread) = spawn(model.clone(), options)?;
     let request = |temperature: f32, seed: u64| Request {
         prompt: prompt.clone(),
         max_tokens: RUN_TOKENS,
@@ -117,17 +119,21 @@ pub(super) fn runs_repeat(model: &Arc<Model>) -> Result<Vec<Line>, DeviceError> 
     let mut lines = Vec::new();
     let mut warm_digest = None;
     for temperature in [0.0, 0.8] {
-        let mut digests = (0..RUNS).map(|_| digest(&handle, request(temperature, 1))).collect::<Result<Vec<_>, _>>()?;
+        let mut digests = vec![digest(submit(&handle, request(temperature, 1))?)?];
+        let together = (1..RUNS).map(|_| submit(&handle, request(temperature, 1))).collect::<Result<Vec<_>, _>>()?;
+        for run in together {
+            digests.push(digest(run)?);
+        }
         digests.sort_unstable();
         digests.dedup();
         lines.push(Line::new(
-            format!("{RUNS} runs with one seed at temperature {temperature} give one digest"),
+            format!("{RUNS} runs at temperature {temperature}, one alone, the others at once: one digest"),
             format!("{} digests of tokens and log-probabilities", digests.len()),
             digests.len() == 1,
         ));
         warm_digest = digests.pop();
     }
-    let other = digest(&handle, request(0.8, 2))?;
+    let other = digest(submit(&handle, request(0.8, 2))?)?;
     let differs = warm_digest.is_some_and(|digest| digest != other);
     let detail = if differs { "the digests differ" } else { "the digests are equal" };
     lines.push(Line::new("another seed at temperature 0.8 gives another digest", detail, differs));
@@ -136,11 +142,18 @@ pub(super) fn runs_repeat(model: &Arc<Model>) -> Result<Vec<Line>, DeviceError> 
     Ok(lines)
 }
 
-/// The digest of one answer: tokens, and the bits of every log-probability.
-fn digest(engine: &impl Engine, request: Request) -> Result<[u8; 32], DeviceError> {
-    let failed = |why: String| DeviceError::InferenceFailed(format!("a run of the self-test failed: {why}"));
+fn failed(why: &impl std::fmt::Display) -> DeviceError {
+    DeviceError::InferenceFailed(format!("a run of the self-test failed: {why}"))
+}
+
+fn submit(engine: &impl Engine, request: Request) -> Result<Receiver<Event>, DeviceError> {
     let (events, received) = channel();
-    engine.submit(request, Box::new(Channel(events))).map_err(|error| failed(error.to_string()))?;
+    engine.submit(request, Box::new(Channel(events))).map_err(|error| failed(&error))?;
+    Ok(received)
+}
+
+/// The digest of one answer: tokens, and the bits of every log-probability.
+fn digest(received: Receiver<Event>) -> Result<[u8; 32], DeviceError> {
     let mut hash = Sha256::new();
     for event in received {
         match event {
@@ -153,10 +166,10 @@ fn digest(engine: &impl Engine, request: Request) -> Result<[u8; 32], DeviceErro
                 }
             }
             Event::End(_) => return Ok(hash.finalize().into()),
-            Event::Error(error) => return Err(failed(error.to_string())),
+            Event::Error(error) => return Err(failed(&error)),
         }
     }
-    Err(failed("the engine went away".to_owned()))
+    Err(failed(&"the engine went away"))
 }
 
 /// Bounded by the run's own length.
