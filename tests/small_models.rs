@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 
-use host::device::Device;
+use host::device::{Device, LinearBackend};
 use host::engine::{Engine, EngineOptions, Event, EventSink, Refused, Request, Sampling, TokenEvent, spawn};
 use host::model::Model;
 use serde::Deserialize;
@@ -169,6 +169,15 @@ fn every_model_agrees(device: &Device) {
 #[test]
 fn every_small_model_agrees_with_transformers_on_the_cpu() {
     every_model_agrees(&devices::cpu());
+}
+
+/// What serves where cuBLASLt is missing or has other bits.
+#[test]
+#[ignore = "needs a GPU"]
+fn every_small_model_agrees_with_our_own_linear_kernel_on_the_gpu() {
+    let device = devices::cuda();
+    device.set_linear_backend(LinearBackend::Kernel);
+    every_model_agrees(&device);
 }
 
 #[test]
