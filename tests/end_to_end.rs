@@ -120,6 +120,22 @@ fn a_whole_answer_and_a_streamed_one_are_the_same() {
 }
 
 #[test]
+fn a_cancelled_job_leaves_the_engine_to_others() {
+    let server = Running::demo();
+    // Its answer has 39 tokens.
+    let prompt = format!("<|im_start|>user\n{SUM}<|im_end|>\n<|im_start|>assistant\n");
+    let job = json!({"job_id": "a", "prompt": prompt, "temperature": 0});
+    let mut stream = server.stream("/execute", &job);
+    let first: Vec<Value> = (0..2).map(|_| stream.event().unwrap().json()).collect();
+    assert_eq!((&first[0]["type"], &first[1]["type"]), (&json!("started"), &json!("token")));
+    assert_eq!(server.post("/cancel", &json!({"job_id": "a"})).status, 202);
+    let last = stream.events().last().unwrap().json();
+    assert_eq!((&last["code"], &last["retriable"]), (&json!("CANCELLED"), &json!(false)));
+    until_idle(&server);
+    assert_eq!(content(&server.ask(CHAT, &chat(SUM, json!({})))), "12 + 30: 2+0=2, 1+3=4. So 12 + 30 = 42.");
+}
+
+#[test]
 fn the_first_token_is_there_while_the_last_is_not_made() {
     let server = Running::demo();
     let begun = Instant::now();

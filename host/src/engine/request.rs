@@ -199,6 +199,9 @@ pub enum EngineError {
     /// The reader did not keep up.
     #[error("the reader did not keep up, so its answer was ended; read events as they come")]
     SlowReader,
+    /// The client asked for the end.
+    #[error("the job was cancelled")]
+    Cancelled,
     /// The engine was stopped before the answer was complete.
     #[error("the server is shutting down")]
     Stopped,
@@ -226,6 +229,7 @@ impl EngineError {
             Self::Device(_) | Self::NoFiniteLogit { .. } => "INFERENCE_FAILED",
             Self::NeverFits { .. } => "INVALID_REQUEST",
             Self::SlowReader => "SLOW_READER",
+            Self::Cancelled => "CANCELLED",
             Self::Stopped => "SHUTTING_DOWN",
         }
     }

@@ -41,7 +41,7 @@ pub(super) async fn handle(
     let prompt = server.encode(prompt, false).await?;
     let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
     let request = parameters.request(prompt, logprobs, app)?;
-    let generations = server.submit(vec![request], &parameters.stop, logprobs.is_some())?;
+    let generations = server.submit(vec![request], &parameters.stop, logprobs.is_some(), &Arc::default())?;
 
     let tokenizer = logprobs.map(|_| Arc::clone(&app.tokenizer));
     if parameters.stream {

@@ -47,7 +47,7 @@ pub(super) async fn handle(
         requests.push(parameters.request(ids, logprobs, app)?);
     }
     let count = requests.len();
-    let generations = server.submit(requests, &parameters.stop, logprobs.is_some())?;
+    let generations = server.submit(requests, &parameters.stop, logprobs.is_some(), &Arc::default())?;
 
     let head = Head::new("cmpl", "text_completion", parameters.seed.clone(), &app.model);
     let tokenizer = logprobs.map(|_| Arc::clone(&app.tokenizer));

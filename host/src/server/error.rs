@@ -82,7 +82,7 @@ impl ApiError {
 
     pub(super) fn unknown_path(path: &str) -> Self {
         let message = format!(
-            "there is no {path} here; try /v1/chat/completions, /v1/completions, /v1/models, /execute, /health or /version"
+            "there is no {path} here; try /v1/chat/completions, /v1/completions, /v1/models, /execute, /cancel, /health or /version"
         );
         Self::new(StatusCode::NOT_FOUND, "NOT_FOUND", message).with_code("unknown_url")
     }
@@ -220,9 +220,10 @@ impl From<EngineError> for ApiError {
             EngineError::NeverFits { .. } => {
                 Self::invalid("max_tokens", error.to_string()).with_code("context_length_exceeded")
             }
-            EngineError::Device(_) | EngineError::SlowReader | EngineError::NoFiniteLogit { .. } => {
-                Self::internal(error.to_string())
-            }
+            EngineError::Device(_)
+            | EngineError::SlowReader
+            | EngineError::Cancelled
+            | EngineError::NoFiniteLogit { .. } => Self::internal(error.to_string()),
         }
     }
 }

@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use crate::engine::{EngineError, Request, Sampling};
 use crate::text::rfc3339;
 
+use super::cancel::Registered;
 use super::correlation::RequestIds;
 use super::error::{ApiError, Violation, is_retriable};
 use super::generation::{End, Piece};
@@ -33,6 +34,8 @@ pub(super) async fn handle(
 ) -> Result<Response<Body>, ApiError> {
     let app = &server.app;
     let job = Job::parse(body).map_err(|violations| refused(violations, body, ids))?;
+    // From here on, so that a cancellation finds a job whose prompt is still being encoded.
+    let registered = server.jobs.register(&job.job_id);
     let prompt = server.encode(job.prompt, true).await?;
     // Without a limit of its own a job gets what fits.
     let default = u32::try_from(MOST_TOKENS).unwrap_or(u32::MAX);
@@ -44,9 +47,10 @@ pub(super) async fn handle(
     let seed = job.sampling.seed;
     let stop_tokens = app.model.eos_ids.clone();
     let request = Request { prompt, max_tokens, sampling: job.sampling, stop_tokens, logprobs: None, cache_salt: None };
-    let generations = server.submit(vec![request], &job.stop, false)?;
+    let generations = server.submit(vec![request], &job.stop, false, &registered.cancellation)?;
     let protocol = JobStream {
         job_id: job.job_id,
+        registered: Some(registered),
         model: app.model.id.clone(),
         seed,
         stop: job.stop,
@@ -56,6 +60,15 @@ pub(super) async fn handle(
         end: None,
     };
     Ok(server.stream(generations, Box::new(protocol), in_flight))
+}
+
+/// The job that a body names.
+pub(super) fn job_id(body: &Map<String, Value>, ids: &RequestIds) -> Result<String, ApiError> {
+    let mut check = Check { body, violations: Vec::new() };
+    match check.job_id() {
+        Some(job_id) if check.violations.is_empty() => Ok(job_id),
+        _ => Err(refused(check.violations, body, ids)),
+    }
 }
 
 /// Logs field names only: prompts and stop strings are private.
@@ -78,10 +91,7 @@ impl Job {
     /// All violations, not the first one only.
     fn parse(body: &Map<String, Value>) -> Result<Self, Vec<Violation>> {
         let mut check = Check { body, violations: Vec::new() };
-        let job_id = check.text("job_id");
-        if job_id.as_deref() == Some("") {
-            check.violate("job_id", "non_empty", "job_id must not be empty", Some(String::new()));
-        }
+        let job_id = check.job_id();
         let prompt = check.text("prompt");
         let characters = prompt.as_deref().map_or(1, |p| p.chars().count());
         if !(1..=LONGEST_PROMPT).contains(&characters) {
@@ -156,6 +166,14 @@ impl<'a> Check<'a> {
             None => self.violate(field, "required", format!("{field} is missing"), None),
         }
         None
+    }
+
+    fn job_id(&mut self) -> Option<String> {
+        let job_id = self.text("job_id");
+        if job_id.as_deref() == Some("") {
+            self.violate("job_id", "non_empty", "job_id must not be empty", Some(String::new()));
+        }
+        job_id
     }
 
     fn unsigned(&mut self, field: &'static str) -> Option<u64> {
@@ -249,6 +267,8 @@ enum JobEvent<'a> {
 /// `started`, `token`s, then one `end` or `error`.
 struct JobStream {
     job_id: String,
+    /// Until the end is known.
+    registered: Option<Registered>,
     model: String,
     seed: u64,
     stop: Vec<String>,
@@ -278,6 +298,7 @@ impl Protocol for JobStream {
     }
 
     fn close(&mut self, frames: &mut Frames) {
+        self.registered = None;
         let (stop_reason, stop_sequence_matched) = match &self.end {
             Some(End::StopString(index)) => (StopReason::StopSequence, self.stop.get(*index).map(String::as_str)),
             Some(End::Length) => (StopReason::MaxTokens, None),
@@ -289,6 +310,7 @@ impl Protocol for JobStream {
     }
 
     fn fail(&mut self, error: &EngineError, frames: &mut Frames) {
+        self.registered = None;
         let (code, retriable) = (error.code(), is_retriable(error));
         frames.event("error", &JobEvent::Error { code, message: error.to_string(), retriable });
     }

@@ -9,6 +9,8 @@ use tokio::sync::mpsc;
 use crate::engine::{EngineError, Event, EventSink, FinishReason, Refused, TokenEvent};
 use crate::text::{Detokenizer, StopStrings, Tokenizer};
 
+use super::cancel::Cancellation;
+
 /// Events that may wait for a reader. At 300 tokens a second, most of a second; then the request is ended rather
 /// than its tokens kept without bound.
 pub(super) const EVENTS_WAITING: usize = 256;
@@ -16,10 +18,14 @@ pub(super) const EVENTS_WAITING: usize = 256;
 struct Sink {
     events: mpsc::Sender<Event>,
     overflowed: Arc<AtomicBool>,
+    cancellation: Arc<Cancellation>,
 }
 
 impl EventSink for Sink {
     fn offer(&mut self, event: Event) -> Result<(), Refused> {
+        if self.cancellation.is_cancelled() {
+            return Err(Refused::Gone);
+        }
         // The last place is kept for the last word: an answer that is complete must not fail for want of it. There is
         // one sender, so the count cannot shrink behind its back.
         if matches!(event, Event::Token(_)) && self.events.capacity() <= 1 && !self.events.is_closed() {
@@ -33,7 +39,8 @@ impl EventSink for Sink {
     }
 
     fn is_gone(&self) -> bool {
-        self.events.is_closed()
+        // The reader may be stuck in a connection that takes nothing; the engine does not wait for it.
+        self.events.is_closed() || self.cancellation.is_cancelled()
     }
 }
 
@@ -65,6 +72,7 @@ pub(super) struct Piece {
 pub(super) struct Generation {
     events: mpsc::Receiver<Event>,
     overflowed: Arc<AtomicBool>,
+    cancellation: Arc<Cancellation>,
     detokenizer: Detokenizer,
     stop_strings: StopStrings,
     keep_tokens: bool,
@@ -76,12 +84,18 @@ pub(super) struct Generation {
 
 impl Generation {
     /// `keep_tokens` hands tokens on beside their text.
-    pub(super) fn new(tokenizer: Arc<Tokenizer>, stop: &[String], keep_tokens: bool) -> (Self, Box<dyn EventSink>) {
+    pub(super) fn new(
+        tokenizer: Arc<Tokenizer>,
+        stop: &[String],
+        keep_tokens: bool,
+        cancellation: Arc<Cancellation>,
+    ) -> (Self, Box<dyn EventSink>) {
         let (sender, events) = mpsc::channel(EVENTS_WAITING + 1);
         let overflowed = Arc::new(AtomicBool::new(false));
         let this = Self {
             events,
             overflowed: Arc::clone(&overflowed),
+            cancellation: Arc::clone(&cancellation),
             detokenizer: Detokenizer::new(tokenizer, true),
             stop_strings: StopStrings::new(stop),
             keep_tokens,
@@ -90,7 +104,7 @@ impl Generation {
             cached: 0,
             ended: false,
         };
-        (this, Box::new(Sink { events: sender, overflowed }))
+        (this, Box::new(Sink { events: sender, overflowed, cancellation }))
     }
 
     pub(super) fn is_ended(&self) -> bool {
@@ -99,6 +113,9 @@ impl Generation {
 
     /// The next piece. After one with an end there are no more, and this must not be called again.
     pub(super) fn poll_piece(&mut self, cx: &mut Context<'_>) -> Poll<Piece> {
+        if self.cancellation.poll_cancelled(cx) {
+            return Poll::Ready(self.end(String::new(), End::Failed(EngineError::Cancelled)));
+        }
         loop {
             let end = match ready!(self.events.poll_recv(cx)) {
                 Some(Event::Token(token)) => {
@@ -221,7 +238,7 @@ mod tests {
 
     #[test]
     fn a_full_channel_still_takes_the_end() {
-        let (generation, mut sink) = Generation::new(tokenizer(), &[], false);
+        let (generation, mut sink) = Generation::new(tokenizer(), &[], false, Arc::default());
         for _ in 0..EVENTS_WAITING {
             assert_eq!(sink.offer(token(0)), Ok(()));
         }
@@ -235,7 +252,7 @@ mod tests {
 
     #[test]
     fn a_reader_that_is_too_slow_hears_so() {
-        let (generation, mut sink) = Generation::new(tokenizer(), &[], false);
+        let (generation, mut sink) = Generation::new(tokenizer(), &[], false, Arc::default());
         for _ in 0..EVENTS_WAITING {
             assert_eq!(sink.offer(token(0)), Ok(()));
         }
@@ -245,8 +262,18 @@ mod tests {
     }
 
     #[test]
+    fn a_cancellation_reaches_the_engine_without_the_reader() {
+        let cancellation = Arc::new(Cancellation::default());
+        let (generation, mut sink) = Generation::new(tokenizer(), &[], false, Arc::clone(&cancellation));
+        assert_eq!((sink.offer(token(0)), sink.is_gone()), (Ok(()), false));
+        cancellation.cancel();
+        assert_eq!((sink.offer(token(0)), sink.is_gone()), (Err(Refused::Gone), true));
+        assert_eq!(collected(generation).unwrap_err(), EngineError::Cancelled);
+    }
+
+    #[test]
     fn a_stop_string_ends_the_generation_for_the_engine() {
-        let (generation, mut sink) = Generation::new(tokenizer(), &["ab".to_owned()], true);
+        let (generation, mut sink) = Generation::new(tokenizer(), &["ab".to_owned()], true, Arc::default());
         for id in [1, 0, 0, 1, 0] {
             sink.offer(token(id)).unwrap();
         }

@@ -16,11 +16,12 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::engine;
 
+use super::cancel::{Cancellation, Jobs};
 use super::correlation::RequestIds;
 use super::error::{ApiError, Shape};
 use super::generation::Generation;
 use super::sse::{EventStream, Protocol};
-use super::{App, chat, completions, execute, health};
+use super::{App, cancel, chat, completions, execute, health};
 
 /// A response's body: bytes at once or a stream of events.
 pub(super) type Body = UnsyncBoxBody<Bytes, Infallible>;
@@ -32,6 +33,8 @@ const ENCODED_INLINE: usize = 32 * 1024;
 pub(super) struct Server {
     pub(super) app: App,
     pub(super) started: Instant,
+    /// The jobs of `/execute`, by name.
+    pub(super) jobs: Arc<Jobs>,
     draining: AtomicBool,
     in_flight: watch::Sender<usize>,
     /// Long texts encoded at the same time; more wait here, each holding one bounded body.
@@ -52,6 +55,7 @@ impl Server {
         Self {
             app,
             started: Instant::now(),
+            jobs: Arc::default(),
             draining: AtomicBool::new(false),
             in_flight: watch::Sender::new(0),
             encoders: Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from)),
@@ -113,10 +117,12 @@ impl Server {
         requests: Vec<engine::Request>,
         stop: &[String],
         keep_tokens: bool,
+        cancellation: &Arc<Cancellation>,
     ) -> Result<Vec<Generation>, ApiError> {
         let mut generations = Vec::with_capacity(requests.len());
         for request in requests {
-            let (generation, sink) = Generation::new(Arc::clone(&self.app.tokenizer), stop, keep_tokens);
+            let (tokenizer, cancellation) = (Arc::clone(&self.app.tokenizer), Arc::clone(cancellation));
+            let (generation, sink) = Generation::new(tokenizer, stop, keep_tokens, cancellation);
             self.app.engine.submit(request, sink)?;
             generations.push(generation);
         }
@@ -160,7 +166,7 @@ pub(super) async fn answer(server: Arc<Server>, request: Request<Incoming>) -> R
     let begun = Instant::now();
     let ids = RequestIds::from_headers(request.headers());
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    let shape = if path == "/execute" { Shape::Worker } else { Shape::OpenAi };
+    let shape = if matches!(path.as_str(), "/execute" | "/cancel") { Shape::Worker } else { Shape::OpenAi };
     if let Some(deadline) = request.headers().get("x-deadline") {
         tracing::debug!(correlation_id = %ids.correlation, ?deadline, "deadline noted, not enforced");
     }
@@ -204,7 +210,7 @@ async fn route(
         "/health" => return reads(health::health(server)),
         "/version" => return reads(health::version(server)),
         "/v1/models" => return reads(health::models(server)),
-        "/v1/chat/completions" | "/v1/completions" | "/execute" => {}
+        "/v1/chat/completions" | "/v1/completions" | "/execute" | "/cancel" => {}
         _ => match path.strip_prefix("/v1/models/") {
             Some(id) => return health::model(server, &percent_decoded(id)).and_then(reads),
             None => return Err(ApiError::unknown_path(path)),
@@ -215,6 +221,9 @@ async fn route(
     }
     // The body is read before a refusal, or the client could miss the answer while it is still sending.
     let body = read_body(server, request).await?;
+    if path == "/cancel" {
+        return cancel::handle(server, &parse_object(&body)?, ids);
+    }
     let in_flight = server.admit()?;
     let body = parse_object(&body)?;
     match path {

@@ -1,6 +1,7 @@
 //! HTTP, JSON and server-sent events: HTTP/1.1 and HTTP/2 without TLS on one port. The only place that names hyper and
 //! tokio; the rest of the program is plain threads.
 
+mod cancel;
 mod chat;
 mod completions;
 mod correlation;
