@@ -4,7 +4,7 @@
 
 mod server_support;
 
-use host::engine::{Status, SubmitError};
+use host::engine::{PageCounts, Status, SubmitError};
 use host::server::{Limits, ServerError, bind};
 use serde_json::{Value, json};
 use server_support::{EOS, Fixture, Reply, say};
@@ -517,11 +517,18 @@ fn a_full_queue_and_a_stopped_engine_are_said_at_once() {
 #[test]
 fn the_server_describes_itself() {
     let server = Fixture::new(say(b"x"));
+    let pages = PageCounts { total: 9, held: 3, idle: 4, high_water: 5, hits: 6, misses: 7, ..PageCounts::default() };
+    {
+        let mut status = server.engine.status.lock().unwrap();
+        (status.pages, status.preemptions) = (pages, 8);
+    }
     let mut health = server.get("/health").json();
     assert!(health.as_object_mut().unwrap().remove("uptime_seconds").unwrap().is_u64());
     let want = json!({"status": "healthy", "reason": null, "model": "org/demo", "device": "script", "dtype": "bf16",
         "resident": true, "vram_bytes_used": 1234, "context_length": 40_000, "vocab_size": 258,
-        "tokenizer_kind": "hf-json", "running": 0, "waiting": 0});
+        "tokenizer_kind": "hf-json", "running": 0, "waiting": 0, "kv_pages_total": 9,
+        "kv_pages_held": 3, "kv_pages_cached": 4, "kv_pages_high_water": 5, "prefix_cache_hits": 6,
+        "prefix_cache_misses": 7, "preemptions": 8});
     assert_eq!(health, want);
     let model = json!({"id": "org/demo", "object": "model", "created": 1_700_000_000, "owned_by": "lockstep",
         "max_model_len": 40_000});

@@ -25,6 +25,13 @@ pub(super) fn health(server: &Server) -> Response<Body> {
         "uptime_seconds": server.started.elapsed().as_secs(),
         "running": status.running,
         "waiting": status.waiting,
+        "kv_pages_total": status.pages.total,
+        "kv_pages_held": status.pages.held,
+        "kv_pages_cached": status.pages.idle,
+        "kv_pages_high_water": status.pages.high_water,
+        "prefix_cache_hits": status.pages.hits,
+        "prefix_cache_misses": status.pages.misses,
+        "preemptions": status.preemptions,
     }));
     if !healthy {
         *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
