@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{ArgGroup, Args, Parser, Subcommand};
+use host::engine::{CacheSize, EngineOptions};
 
 /// An LLM inference server whose answers depend on the request alone.
 ///
@@ -32,6 +33,7 @@ impl Command {
             source: ModelArguments { model: None, device: DeviceChoice::Auto },
             host: "127.0.0.1".into(),
             port: 8080,
+            capacity: CapacityArguments::default(),
         })
     }
 }
@@ -47,7 +49,7 @@ pub(crate) struct ModelArguments {
     pub(crate) device: DeviceChoice,
 }
 
-#[derive(Args, Debug, PartialEq, Eq)]
+#[derive(Args, Debug, PartialEq)]
 pub(crate) struct ServeArguments {
     #[command(flatten)]
     pub(crate) source: ModelArguments,
@@ -57,6 +59,39 @@ pub(crate) struct ServeArguments {
     /// Port to listen on; 0 takes a free one
     #[arg(long, default_value_t = 8080)]
     pub(crate) port: u16,
+    #[command(flatten)]
+    pub(crate) capacity: CapacityArguments,
+}
+
+/// How much a server takes on. None of it changes a token of an answer.
+#[derive(Args, Clone, Debug, Default, PartialEq)]
+pub(crate) struct CapacityArguments {
+    /// Requests generated at once at most; more wait [default: 256 on a GPU, 32 on a CPU]
+    #[arg(long, value_name = "N", value_parser = at_least_one::<usize>)]
+    pub(crate) max_running: Option<usize>,
+    /// Memory for the KV cache, in bytes; it gets what one full context needs in any case [default on a CPU: 134217728]
+    #[arg(long, value_name = "BYTES", conflicts_with = "kv_cache_fraction", value_parser = at_least_one::<u64>)]
+    pub(crate) kv_cache_bytes: Option<u64>,
+    /// Part of the memory still free once the weights are loaded that the KV cache may take, above 0 and at most 1
+    /// [default on a GPU: 0.9]
+    #[arg(long, value_name = "F", value_parser = positive_share)]
+    pub(crate) kv_cache_fraction: Option<f64>,
+    /// Tokens that a prompt and its answer may have together [default: the model's own maximum, which is also the most]
+    #[arg(long, value_name = "TOKENS", value_parser = at_least_one::<usize>)]
+    pub(crate) context: Option<usize>,
+}
+
+impl CapacityArguments {
+    /// `options` with what was asked for.
+    pub(crate) fn apply(&self, mut options: EngineOptions) -> EngineOptions {
+        options.max_running = self.max_running.unwrap_or(options.max_running);
+        options.cache = match (self.kv_cache_bytes, self.kv_cache_fraction) {
+            (Some(bytes), _) => CacheSize::Bytes(bytes),
+            (None, Some(fraction)) => CacheSize::FreeFraction(fraction),
+            (None, None) => options.cache,
+        };
+        options
+    }
 }
 
 #[derive(Args, Debug)]
@@ -162,6 +197,16 @@ fn share(text: &str) -> Result<f32, String> {
     in_range(text, 0.0..=1.0, "a number from 0 to 1")
 }
 
+fn positive_share(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number| *number > 0.0 && *number <= 1.0);
+    number.ok_or_else(|| "it must be a number above 0 and at most 1".to_owned())
+}
+
+fn at_least_one<T: FromStr + PartialOrd + From<u8>>(text: &str) -> Result<T, String> {
+    let number = text.parse().ok().filter(|number| *number >= T::from(1));
+    number.ok_or_else(|| "it must be a whole number of at least 1".to_owned())
+}
+
 fn in_range(text: &str, range: std::ops::RangeInclusive<f32>, allowed: &str) -> Result<f32, String> {
     let number = text.parse().ok().filter(|number| range.contains(number));
     number.ok_or_else(|| format!("it must be {allowed}"))
@@ -209,7 +254,31 @@ mod tests {
         let line = "serve --model m --device cuda:3 --host 0.0.0.0 --port 9000";
         let Some(Command::Serve(given)) = parse(line).unwrap().command else { panic!() };
         let source = ModelArguments { model: Some("m".into()), device: DeviceChoice::Cuda(3) };
-        assert_eq!(given, ServeArguments { source, host: "0.0.0.0".into(), port: 9000 });
+        assert_eq!(
+            given,
+            ServeArguments { source, host: "0.0.0.0".into(), port: 9000, capacity: CapacityArguments::default() }
+        );
+    }
+
+    fn capacity(line: &str) -> CapacityArguments {
+        match parse(&format!("serve {line}")).unwrap().command {
+            Some(Command::Serve(arguments)) => arguments.capacity,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn serve_takes_its_capacity() {
+        let device = host::device::Device::cpu(host::device::CpuOptions::default()).unwrap();
+        let default = EngineOptions::for_device(&device);
+        let options = |line: &str| capacity(line).apply(default);
+        let unchanged = options("");
+        assert_eq!((unchanged.max_running, unchanged.cache), (default.max_running, default.cache));
+        let given = options("--max-running 3 --kv-cache-bytes 5000000000");
+        assert_eq!((given.max_running, given.cache), (3, CacheSize::Bytes(5_000_000_000)));
+        assert_eq!(options("--kv-cache-fraction 0.25").cache, CacheSize::FreeFraction(0.25));
+        assert_eq!(options("--kv-cache-fraction 1").cache, CacheSize::FreeFraction(1.0));
+        assert_eq!((capacity("").context, capacity("--context 300").context), (None, Some(300)));
     }
 
     #[test]
@@ -274,6 +343,21 @@ mod tests {
         }
         assert_eq!(refused("generate x --logprobs 5"), ErrorKind::MissingRequiredArgument);
         assert_eq!(refused("serve --port 65536"), ErrorKind::ValueValidation);
+        for option in [
+            "--max-running 0",
+            "--max-running=-1",
+            "--kv-cache-bytes 0",
+            "--kv-cache-bytes 1.5",
+            "--kv-cache-fraction 0",
+            "--kv-cache-fraction 1.01",
+            "--kv-cache-fraction=-0.5",
+            "--kv-cache-fraction NaN",
+            "--context 0",
+            "--context x",
+        ] {
+            assert_eq!(refused(&format!("serve {option}")), ErrorKind::ValueValidation, "{option}");
+        }
+        assert_eq!(refused("serve --kv-cache-bytes 1 --kv-cache-fraction 0.5"), ErrorKind::ArgumentConflict);
         assert_eq!(refused("observe"), ErrorKind::InvalidSubcommand);
     }
 }

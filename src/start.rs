@@ -57,9 +57,10 @@ impl Drop for EngineThread {
 pub(crate) fn start(
     source: &ModelArguments,
     folder: &Path,
-    options: fn(&Device) -> EngineOptions,
+    context_tokens: Option<usize>,
+    options: impl FnOnce(&Device) -> EngineOptions,
 ) -> anyhow::Result<Started> {
-    let model = Arc::new(load(source, folder)?);
+    let model = Arc::new(load(source, folder, context_tokens)?);
     if let Some(line) = verify::quick(&model)?.iter().find(|line| !line.holds) {
         anyhow::bail!(
             "the numeric contract does not hold on this device: {}: {}; see lockstep verify",
@@ -71,12 +72,12 @@ pub(crate) fn start(
     Ok(Started { engine, model, thread: EngineThread(Some(thread)) })
 }
 
-/// Opens the device and loads the model onto it.
-pub(crate) fn load(source: &ModelArguments, folder: &Path) -> anyhow::Result<Model> {
+/// Opens the device and loads the model onto it, for contexts of the model's own maximum where nothing else is asked for.
+pub(crate) fn load(source: &ModelArguments, folder: &Path, context_tokens: Option<usize>) -> anyhow::Result<Model> {
     let kernels = kernels_for(ModelConfig::load(folder)?.head_width);
     let device = open_device(source.device, &kernels)?;
     let mut progress = Progress::on_stderr(format!("loading {}", model_folder::name(folder)));
-    Ok(Model::load(&device, folder, None, &mut |done, total| progress.show(done, total))?)
+    Ok(Model::load(&device, folder, context_tokens, &mut |done, total| progress.show(done, total))?)
 }
 
 /// The device in words, with the kernels it runs.

@@ -112,6 +112,11 @@ fn wrong_usage_exits_with_2() {
         &["generate", "a", "--max-tokens", "0"],
         &["generate", "a", "--top-k", "5"],
         &["serve", "--port", "65536"],
+        &["serve", "--max-running", "0"],
+        &["serve", "--kv-cache-bytes", "0"],
+        &["serve", "--kv-cache-fraction", "1.5"],
+        &["serve", "--kv-cache-bytes", "1", "--kv-cache-fraction", "0.5"],
+        &["serve", "--context", "0"],
         &["verify", "--device", "abacus"],
     ] {
         let outcome = lockstep(arguments);
@@ -188,6 +193,14 @@ fn a_port_in_use() {
     let port = taken.local_addr().unwrap().port().to_string();
     let line = failure(&["serve", "--model", model.to_str().unwrap(), "--device", "cpu", "--port", &port]);
     assert!(line.contains(&port) && line.contains("in use"), "{line}");
+}
+
+#[test]
+fn a_context_longer_than_the_models() {
+    let (_guard, model) = model();
+    edit_json(&model.join("config.json"), |config| config["max_position_embeddings"] = 64.into());
+    let line = failure(&["serve", "--model", model.to_str().unwrap(), "--device", "cpu", "--context", "65"]);
+    assert!(line.contains("65") && line.contains("64"), "{line}");
 }
 
 #[test]

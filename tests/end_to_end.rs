@@ -136,6 +136,24 @@ fn a_cancelled_job_leaves_the_engine_to_others() {
 }
 
 #[test]
+fn the_command_line_sets_context_cache_and_company() {
+    let server = Running::demo_with(&["--context", "300", "--kv-cache-bytes", "1", "--max-running", "1"]);
+    let health = server.get("/health").json();
+    // A page has 64 tokens, and one context always fits.
+    assert_eq!((&health["context_length"], &health["kv_pages_total"]), (&json!(300), &json!(5)));
+    let long = chat("Hello", json!({"stream": true, "ignore_eos": true, "max_tokens": 200}));
+    let mut streams = [server.stream(CHAT, &long), server.posted(CHAT, &long)];
+    streams[0].event().unwrap();
+    streams[0].event().unwrap();
+    let start = Instant::now();
+    while server.get("/health").json()["waiting"] != 1 {
+        assert!(start.elapsed() < PATIENCE, "nobody waits");
+    }
+    assert_eq!(running_now(&server), 1);
+    assert_eq!(server.post(CHAT, &chat("Hello", json!({"max_tokens": 300}))).status, 400);
+}
+
+#[test]
 fn the_first_token_is_there_while_the_last_is_not_made() {
     let server = Running::demo();
     let begun = Instant::now();

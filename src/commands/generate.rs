@@ -35,7 +35,7 @@ pub(crate) fn run(arguments: &GenerateArguments) -> anyhow::Result<ExitCode> {
     ModelConfig::load(&folder)?;
     let tokenizer = tokenizer(&folder, arguments)?;
     let prompt = prompt(&folder, arguments, tokenizer.as_ref())?;
-    let started = start(&arguments.source, &folder, EngineOptions::for_one_request)?;
+    let started = start(&arguments.source, &folder, None, EngineOptions::for_one_request)?;
     let request = request(arguments, prompt, started.model.config().eos_ids.clone(), started.model.context_tokens());
     let form = if arguments.json { Form::Json } else { Form::Stream };
     let mut out = io::stdout().lock();

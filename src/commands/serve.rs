@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Instant, UNIX_EPOCH};
 
 use anyhow::{anyhow, bail};
+use host::device::Device;
 use host::engine::EngineOptions;
 use host::model::{Model, ModelConfig};
 use host::server::{App, Limits, ModelInfo};
@@ -25,12 +26,14 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<ExitCode> {
     let folder = model_folder::find(arguments.source.model.as_deref())?;
     // Everything that can be wrong without the weights is found before gigabytes are loaded; the server takes the port
     // itself when it is ready.
-    ModelConfig::load(&folder)?;
+    let capacity = &arguments.capacity;
+    ModelConfig::load(&folder)?.context_tokens(capacity.context)?;
     let tokenizer = Arc::new(Tokenizer::load(&folder)?);
     let template = ChatTemplate::load(&folder)?;
     drop(bind(&arguments.host, arguments.port)?);
 
-    let Started { engine, model, thread: _thread } = start(&arguments.source, &folder, EngineOptions::for_device)?;
+    let options = |device: &Device| capacity.apply(EngineOptions::for_device(device));
+    let Started { engine, model, thread: _thread } = start(&arguments.source, &folder, capacity.context, options)?;
     let chats = template.is_some();
     let info = model_info(&model, &folder);
     let mut announcement = announcement(&model, &info);

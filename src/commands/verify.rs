@@ -15,7 +15,7 @@ use crate::start::{describe, load};
 pub(crate) fn run(arguments: &VerifyArguments) -> anyhow::Result<ExitCode> {
     let folder = model_folder::find(arguments.source.model.as_deref())?;
     ModelConfig::load(&folder)?;
-    let model = Arc::new(load(&arguments.source, &folder)?);
+    let model = Arc::new(load(&arguments.source, &folder, None)?);
     println!("device  {}\nmodel   {}\n", describe(model.device()), model_folder::name(&folder));
     let (mut lines, mut failed) = (0, 0);
     verify::full(&model, &mut |line| {

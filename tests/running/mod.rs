@@ -23,19 +23,25 @@ pub(crate) struct Running {
 impl Running {
     /// Serves the demo model on the CPU.
     pub(crate) fn demo() -> Self {
-        Self::with_stderr(Stdio::null())
+        Self::start(&[], Stdio::null())
+    }
+
+    /// With more on the command line.
+    pub(crate) fn demo_with(arguments: &[&str]) -> Self {
+        Self::start(arguments, Stdio::null())
     }
 
     /// Its log goes to a pipe that nobody reads.
     pub(crate) fn demo_unheard() -> Self {
-        let mut this = Self::with_stderr(Stdio::piped());
+        let mut this = Self::start(&[], Stdio::piped());
         drop(this.child.stderr.take());
         this
     }
 
-    fn with_stderr(stderr: Stdio) -> Self {
+    fn start(arguments: &[&str], stderr: Stdio) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_lockstep"))
             .args(["serve", "--device", "cpu", "--port", "0"])
+            .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(stderr)
