@@ -40,8 +40,8 @@ for part in "$@"; do
     }
     [ "$part" = bench ] || [ "$part" = all ] && {
         section bench
-        check "$folder/step" "$full_size"
-        check "$folder/step" "$full_size" --json >"$out/step.json"
+        check "$folder/lockstep" bench --model "$full_size" --device cuda:0 --json >"$out/bench.json"
+        check "$folder/lockstep" bench --compare "$out/bench.json" "$out/bench.json"
     }
     [ "$part" = full-size ] || [ "$part" = all ] && {
         section "full size"

@@ -9,6 +9,7 @@
 //! | `buffer` | owned typed memory, and views of it |
 //! | `tracker` | who uses how much memory |
 //! | `linear` | the types of linear layers and their numeric contract |
+//! | `stopwatch` | how long the device takes |
 //! | `ptx` | kernel images: choosing one, checking its parameters |
 //! | `error` | typed errors with frozen codes |
 //! | `cpu` | the executor's device |
@@ -25,6 +26,7 @@ pub use cpu::CpuOptions;
 pub use error::{DeviceError, ErrorCode};
 pub use linear::{LinearBackend, LinearOutput, OutputType, Weight, contract};
 pub use ptx::{KernelImage, KernelImages};
+pub use stopwatch::Stopwatch;
 pub use tracker::{MemoryKind, MemoryRecord, MemoryTracker};
 
 mod buffer;
@@ -33,6 +35,7 @@ mod cuda;
 mod error;
 mod linear;
 mod ptx;
+mod stopwatch;
 mod tracker;
 
 /// How much memory a device has, in bytes.
@@ -120,6 +123,23 @@ impl Device {
             Self::Cpu(_) => None,
             Self::Cuda(device) => Some(device.kernel_image()),
         }
+    }
+
+    /// The newest CUDA version that the driver serves, such as `CUDA 13.0`; `None` on the CPU.
+    #[must_use]
+    pub fn driver(&self) -> Option<String> {
+        match self {
+            Self::Cpu(_) => None,
+            Self::Cuda(device) => device.driver(),
+        }
+    }
+
+    /// A stopwatch for work on this device.
+    ///
+    /// # Errors
+    /// The device has failed.
+    pub fn stopwatch(&self) -> Result<Stopwatch, DeviceError> {
+        Stopwatch::new(self)
     }
 
     /// Its memory.

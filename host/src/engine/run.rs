@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::batch::Batch;
 use super::client::Client;
+use super::clock::StepClock;
 use super::handle::{Handle, Progress, Shared, Submission, lock};
 use super::sampler::{SampleRow, Sampler};
 use super::scheduler::{NeverFits, Scheduler, SchedulerLimits};
@@ -56,6 +57,7 @@ pub fn spawn(model: Arc<Model>, options: EngineOptions) -> Result<(Handle, JoinH
         failure: Mutex::new(None),
         resident: Mutex::new(Ok(())),
     });
+    let clock = StepClock::new(&shared.device, options.time_steps)?;
     let mut worker = Worker {
         model,
         cache,
@@ -64,6 +66,7 @@ pub fn spawn(model: Arc<Model>, options: EngineOptions) -> Result<(Handle, JoinH
         scheduler: Scheduler::new(limits),
         clients: BTreeMap::new(),
         batch: Batch::default(),
+        clock,
         counted_waiting: 0,
         recount_due: false,
         residency_check: options.residency_check,
@@ -101,6 +104,7 @@ struct Worker {
     /// The owners of what the scheduler has, running or waiting.
     clients: BTreeMap<SequenceId, Client>,
     batch: Batch,
+    clock: StepClock,
     /// How many of `Shared::waiting` are the scheduler's; the others are in the channel.
     counted_waiting: usize,
     /// Something was computed since the last recount.
@@ -124,6 +128,9 @@ impl Worker {
                 }
             } else if let Err(error) = self.step() {
                 self.fail(&error);
+            }
+            if self.scheduler.is_idle() {
+                self.clock.pause();
             }
             self.publish();
             if checked.elapsed() >= self.residency_check {
@@ -196,6 +203,7 @@ impl Worker {
             return Ok(());
         }
         self.batch.fill(&plan, &self.scheduler);
+        self.clock.start()?;
         self.model.forward(&self.batch.step(), &mut self.cache, &mut self.workspace)?;
         self.scheduler.commit(&plan);
 
@@ -210,9 +218,10 @@ impl Worker {
             }
         }
         if rows.is_empty() {
-            return Ok(());
+            return self.clock.stop();
         }
         let sampled = self.sampler.sample(&self.workspace.logits(rows.len())?, &rows)?;
+        self.clock.stop()?;
         for ((id, position, cached_tokens), sampled) in chosen.into_iter().zip(sampled) {
             let Some(client) = self.clients.get_mut(&id) else { continue };
             if let Some(token) = client.deliver(sampled, position, cached_tokens) {
@@ -244,6 +253,7 @@ impl Worker {
             running: self.scheduler.running().len(),
             pages: self.scheduler.pages(),
             preemptions: self.scheduler.preemptions(),
+            steps: self.clock.times(),
         };
         // One operation: others count up at the same time.
         match waiting.checked_sub(self.counted_waiting) {

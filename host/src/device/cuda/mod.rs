@@ -9,6 +9,7 @@
 //! | `memory` | allocations, copies, the residency check |
 //! | `module` | loading kernels, launching them |
 //! | `linear` | cuBLASLt |
+//! | `events` | points in the stream and the time between them |
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,6 +19,7 @@ use cuda_std::launch::{Grid, KernelDesc, Launch};
 use half::bf16;
 
 pub(super) use context::device_count;
+pub(super) use events::Events;
 pub(super) use memory::Memory;
 
 use super::buffer::DeviceId;
@@ -32,6 +34,7 @@ use memory::Staging;
 use module::Module;
 
 mod context;
+mod events;
 mod linear;
 mod memory;
 mod module;
@@ -80,6 +83,15 @@ impl Cuda {
 
     pub(super) fn kernel_image(&self) -> &str {
         self.module.image()
+    }
+
+    pub(super) fn driver(&self) -> Option<String> {
+        let version = context::driver_version();
+        (version > 0).then(|| format!("CUDA {}.{}", version / 1000, version % 1000 / 10))
+    }
+
+    pub(super) fn events(&self) -> Result<Events, DeviceError> {
+        Events::new(&self.context)
     }
 
     pub(super) fn tracker(&self) -> &MemoryTracker {
