@@ -26,7 +26,7 @@ pub(crate) enum Command {
     Generate(GenerateArguments),
     /// Check the numeric contract on this device; exits with 1 when a line fails
     Verify(VerifyArguments),
-    /// Time decode, prefill, sampling and loading, beside what the device can do at most
+    /// Time decode, prefill, sampling and loading, beside what the device can do at most; or a server under load
     Bench(BenchArguments),
 }
 

@@ -124,6 +124,7 @@ fn wrong_usage_exits_with_2() {
         &["verify", "--device", "abacus"],
         &["bench", "--batch", "0"],
         &["bench", "--only", "luck"],
+        &["bench", "--rate", "1"],
     ] {
         let outcome = lockstep(arguments);
         assert_eq!(outcome.code, Some(2), "{arguments:?}");
@@ -349,4 +350,5 @@ fn a_bench_leaves_out_what_does_not_fit_and_compares_with_a_kept_one() {
     let outcome = lockstep(&[&model[..], &kinds[..kinds.len() - 1], &["--compare", kept]].concat());
     assert!(outcome.stdout.lines().any(|line| line.starts_with("decode step ")), "{}", outcome.stdout);
     assert!(failure(&["bench", "--compare", "/nowhere/kept.json"]).contains("/nowhere/kept.json"));
+    assert!(failure(&["bench", "--http", "nowhere"]).contains("http://HOST:PORT"));
 }

@@ -34,6 +34,42 @@ pub(crate) struct BenchArguments {
     /// Set this run beside one kept with --json; with two files, set these side by side and measure nothing
     #[arg(long, value_name = "FILE", num_args = 1..=2)]
     pub(crate) compare: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) http: HttpArguments,
+}
+
+/// Load for a running server instead of measurements on a device.
+#[derive(Args, Clone, Debug, Default)]
+pub(crate) struct HttpArguments {
+    /// Ask the server at this URL, such as http://127.0.0.1:8080, with streams, and take the times of its clients
+    #[arg(
+        long = "http",
+        value_name = "URL",
+        conflicts_with_all = ["model", "only", "batch", "context", "length", "tokens", "runs"]
+    )]
+    pub(crate) url: Option<String>,
+    /// Requests per second, at random times from a fixed seed, whether others are answered or not; latencies count from
+    /// when a request was due
+    #[arg(long, value_name = "R", requires = "url", conflicts_with = "clients", value_parser = above_zero)]
+    pub(crate) rate: Option<f64>,
+    /// Clients, each of which asks again when it has its answer [default: 8]
+    #[arg(long, value_name = "N", requires = "url", value_parser = at_least_one::<usize>)]
+    pub(crate) clients: Option<usize>,
+    /// For how long new requests are sent [default: 10]
+    #[arg(long, value_name = "S", requires = "url", value_parser = above_zero)]
+    pub(crate) seconds: Option<f64>,
+    /// Tokens of each prompt [default: 128]
+    #[arg(long, value_name = "P", requires = "url", value_parser = at_least_one::<usize>)]
+    pub(crate) prompt_tokens: Option<usize>,
+    /// Tokens of each answer [default: 128]
+    #[arg(long, value_name = "M", requires = "url", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) max_tokens: Option<u32>,
+}
+
+fn above_zero(text: &str) -> Result<f64, String> {
+    // More than a million requests or seconds is a mistyped number.
+    let number = text.parse().ok().filter(|number| *number > 0.0 && *number <= 1e6);
+    number.ok_or_else(|| "it must be a number above 0 and at most 1000000".to_owned())
 }
 
 /// A kind of figures.
@@ -66,6 +102,11 @@ pub(super) struct Plan {
 impl BenchArguments {
     pub(super) fn wants(&self, kind: Kind) -> bool {
         self.only.is_empty() || self.only.contains(&kind)
+    }
+
+    /// Figures are printed as they come, not as JSON or beside others.
+    pub(super) fn shows_rows(&self) -> bool {
+        !self.json && self.compare.is_empty()
     }
 
     /// What was asked for, and what suits the device where nothing was.
@@ -132,6 +173,24 @@ mod tests {
             assert!(matches!(kind, ErrorKind::ValueValidation | ErrorKind::InvalidValue), "{line}: {kind:?}");
         }
         assert_eq!(parse("--compare a b c").unwrap_err().kind(), ErrorKind::UnknownArgument);
+    }
+
+    #[test]
+    fn http_takes_a_rate_or_clients() {
+        let given = parse("--http http://h:1 --rate 2.5 --seconds 3 --prompt-tokens 7 --max-tokens 9 --json").unwrap();
+        assert_eq!((given.http.url.as_deref(), given.http.rate), (Some("http://h:1"), Some(2.5)));
+        assert_eq!(
+            (given.http.seconds, given.http.prompt_tokens, given.http.max_tokens),
+            (Some(3.0), Some(7), Some(9))
+        );
+        assert_eq!(parse("--http http://h --clients 64 --compare f").unwrap().http.clients, Some(64));
+        for line in ["--http u --rate 1 --clients 2", "--http u --batch 3", "--http u --model m"] {
+            assert_eq!(parse(line).unwrap_err().kind(), ErrorKind::ArgumentConflict, "{line}");
+        }
+        for line in ["--http u --rate 0", "--http u --rate nan", "--http u --seconds=-1", "--http u --clients 0"] {
+            assert_eq!(parse(line).unwrap_err().kind(), ErrorKind::ValueValidation, "{line}");
+        }
+        assert_eq!(parse("--rate 1").unwrap_err().kind(), ErrorKind::MissingRequiredArgument);
     }
 
     #[test]

@@ -94,7 +94,7 @@ mod tests {
             device: "d".into(),
             driver: None,
             kernels: None,
-            linear_library: "l".into(),
+            linear_library: None,
             model: "m".into(),
             runs: 1,
             tokens: 4,

@@ -30,7 +30,7 @@ pub(super) struct Report {
     pub(super) driver: Option<String>,
     /// The image of the GPU kernels.
     pub(super) kernels: Option<String>,
-    pub(super) linear_library: String,
+    pub(super) linear_library: Option<String>,
     pub(super) model: String,
     pub(super) runs: usize,
     /// Tokens that each request generated.
@@ -104,10 +104,12 @@ impl Report {
     /// What it was measured on, in lines.
     pub(super) fn conditions(&self) -> String {
         let Self { version, device, driver, kernels, linear_library, model, runs, tokens, .. } = self;
-        let kernels = kernels.as_ref().map_or_else(|| "executor".to_owned(), |image| format!("{image} kernels"));
+        let kernels = kernels.as_ref().map(|image| format!("{image} kernels"));
+        let computes: Vec<&str> = [&kernels, linear_library].into_iter().flatten().map(String::as_str).collect();
+        let kernels = if computes.is_empty() { String::new() } else { format!("kernels  {}\n", computes.join(", ")) };
         let driver = driver.as_ref().map_or_else(String::new, |driver| format!(", {driver}"));
         format!(
-            "device   {device}{driver}\nkernels  {kernels}, {linear_library}\nmodel    {model}\nlockstep {version}, \
+            "device   {device}{driver}\n{kernels}model    {model}\nlockstep {version}, \
              medians of {runs}, {tokens} tokens a request\n"
         )
     }

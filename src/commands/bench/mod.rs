@@ -8,6 +8,7 @@
 //! | `first_token` | prefill by length; the first tokens of prompts that come at once |
 //! | `sampling` | what drawing a token adds |
 //! | `step` | the part of a step in which the device waits |
+//! | `http` | a running server, as its clients see it |
 //!
 //! All but the ceilings goes through the engine, as a user's request would. `work` counts the bytes and operations,
 //! `requests` takes the times, `figure` and `compare` print.
@@ -18,6 +19,7 @@ mod compare;
 mod decode;
 mod figure;
 mod first_token;
+mod http;
 mod load;
 mod requests;
 mod rig;
@@ -49,7 +51,10 @@ pub(crate) fn run(arguments: &BenchArguments) -> anyhow::Result<ExitCode> {
     // A file that cannot be read is found before minutes are spent.
     let mut kept = arguments.compare.iter().map(|path| compare::read(path)).collect::<Result<Vec<_>, _>>()?;
     if kept.len() < 2 {
-        kept.push(measure(arguments)?);
+        kept.push(match &arguments.http.url {
+            Some(url) => asked(arguments, url)?,
+            None => measure(arguments)?,
+        });
     }
     let printed = match &kept[..] {
         [before, after] if arguments.json => serde_json::json!({"figures": compare::pairs(before, after)}).to_string(),
@@ -60,6 +65,16 @@ pub(crate) fn run(arguments: &BenchArguments) -> anyhow::Result<ExitCode> {
     };
     println!("{}", printed.trim_end());
     Ok(ExitCode::SUCCESS)
+}
+
+/// A server's figures, which are all there at once.
+fn asked(arguments: &BenchArguments, url: &str) -> anyhow::Result<Report> {
+    let report = http::measure(arguments, url)?;
+    if arguments.shows_rows() {
+        println!("{}\n{}", report.conditions(), heading());
+        report.figures.iter().for_each(|figure| println!("{}", figure.row()));
+    }
+    Ok(report)
 }
 
 /// Figures as they come: rows for people, or silence until all are there.
@@ -89,13 +104,13 @@ fn measure(arguments: &BenchArguments) -> anyhow::Result<Report> {
         device: device.name(),
         driver: driver(&device),
         kernels: device.kernel_image().map(str::to_owned),
-        linear_library: device.linear_library(),
+        linear_library: Some(device.linear_library()),
         model: model_folder::name(&folder),
         runs: plan.runs,
         tokens: plan.tokens,
         figures: Vec::new(),
     };
-    let shows_rows = !arguments.json && arguments.compare.is_empty();
+    let shows_rows = arguments.shows_rows();
     if shows_rows {
         println!("{}\n{}", report.conditions(), heading());
     }
