@@ -16,7 +16,7 @@ pub(crate) struct BenchArguments {
     /// Requests at once [default: 1,8,32,64,128,256 on a GPU, 1,8,32 on a CPU]
     #[arg(long, value_name = "N,...", value_delimiter = ',', value_parser = at_least_one::<usize>)]
     pub(crate) batch: Vec<usize>,
-    /// Tokens of their prompts [default: 128,4096 on a GPU, 128 on a CPU]
+    /// Tokens of their prompts; for decode in whole pages of 64 and one more [default: 128,4096 on a GPU, 128 on a CPU]
     #[arg(long, value_name = "N,...", value_delimiter = ',', value_parser = at_least_one::<usize>)]
     pub(crate) context: Vec<usize>,
     /// Tokens of the prompts whose prefill is timed [default: 128,512,1024,4096,32000 on a GPU, 128,512 on a CPU]
@@ -45,7 +45,7 @@ pub(crate) struct HttpArguments {
     #[arg(
         long = "http",
         value_name = "URL",
-        conflicts_with_all = ["model", "only", "batch", "context", "length", "tokens", "runs"]
+        conflicts_with_all = ["model", "device", "only", "batch", "context", "length", "tokens", "runs"]
     )]
     pub(crate) url: Option<String>,
     /// Requests per second, at random times from a fixed seed, whether others are answered or not; latencies count from
@@ -184,7 +184,7 @@ mod tests {
             (Some(3.0), Some(7), Some(9))
         );
         assert_eq!(parse("--http http://h --clients 64 --compare f").unwrap().http.clients, Some(64));
-        for line in ["--http u --rate 1 --clients 2", "--http u --batch 3", "--http u --model m"] {
+        for line in ["--http u --rate 1 --clients 2", "--http u --batch 3", "--http u --device cpu"] {
             assert_eq!(parse(line).unwrap_err().kind(), ErrorKind::ArgumentConflict, "{line}");
         }
         for line in ["--http u --rate 0", "--http u --rate nan", "--http u --seconds=-1", "--http u --clients 0"] {

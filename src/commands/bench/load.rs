@@ -9,6 +9,8 @@ use host::engine::EngineOptions;
 use host::model::Model;
 
 use super::figure::Figure;
+use super::requests;
+use super::rig::Rig;
 use crate::cli::ModelArguments;
 use crate::start::{Started, open, ready};
 
@@ -45,9 +47,11 @@ pub(super) fn start(
     }
 }
 
-/// What the device holds with an engine that has not answered yet. On a GPU also what is used of it in all, which counts
-/// the driver's context and other processes.
-pub(super) fn memory(device: &Device) -> anyhow::Result<Vec<Figure>> {
+/// What the device holds with an engine that has answered: some memory of the driver comes with the first use. On a GPU
+/// also all that is used of it, which counts the driver's context and other processes.
+pub(super) fn memory(rig: &Rig) -> anyhow::Result<Vec<Figure>> {
+    requests::run(rig.engine(), vec![requests::request(rig.vocab(), 0, 1, 2, requests::greedy())])?;
+    let device = rig.device();
     let tracker = device.tracker();
     let megabytes = |what: &str, bytes: u64| Figure::of(what, "MB", &[bytes as f64 / 1e6]);
     let [weights, cache] = [MemoryKind::Weights, MemoryKind::KvCache].map(|kind| tracker.bytes_of(kind));

@@ -43,7 +43,7 @@ use self::rig::Rig;
 use crate::model_folder;
 use crate::start::{EngineThread, Started, open};
 
-/// Drawing is measured at the largest batch up to this one.
+/// Drawing is measured at the largest batch up to this one, or else at the smallest.
 const SAMPLING_BATCH: usize = 64;
 
 /// Measures and prints, or compares.
@@ -133,10 +133,12 @@ fn measure(arguments: &BenchArguments) -> anyhow::Result<Report> {
     let (started, starts) = load::start(&arguments.source, &folder, runs, options)?;
     if loads {
         figures.add(starts);
-        figures.add(load::memory(started.model.device())?);
     }
     let rig = Rig::new(started, plan, ceilings);
     answers(arguments, &rig, &mut figures)?;
+    if loads {
+        figures.add(load::memory(&rig)?);
+    }
     if arguments.wants(Kind::Step) {
         steps(rig, &options, &mut figures)?;
     }
@@ -175,6 +177,7 @@ fn answers(arguments: &BenchArguments, rig: &Rig, figures: &mut Figures) -> anyh
         }
     }
     let batch = plan.batches.iter().copied().filter(|&batch| batch <= SAMPLING_BATCH).max();
+    let batch = batch.or(plan.batches.iter().copied().min());
     if let Some(batch) = batch.filter(|_| arguments.wants(Kind::Sampling)) {
         let shape = Shape { batch, context: first_context };
         if fits(rig, "sampling", shape, plan.tokens) {

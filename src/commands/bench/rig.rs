@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 
+use host::device::Device;
 use host::engine::{Engine, Handle};
 
 use super::arguments::Plan;
@@ -28,6 +29,10 @@ impl Rig {
 
     pub(super) fn engine(&self) -> &Handle {
         &self.started.engine
+    }
+
+    pub(super) fn device(&self) -> &Device {
+        self.started.model.device()
     }
 
     pub(super) fn vocab(&self) -> usize {
