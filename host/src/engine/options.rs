@@ -17,6 +17,9 @@ pub struct EngineOptions {
     pub cache: CacheSize,
     /// How often memory is checked to be where it should be.
     pub residency_check: Duration,
+    /// Take the time of each step, on the device and by the clock, for [`Status::steps`](super::Status::steps). It costs
+    /// some microseconds a step on a GPU.
+    pub time_steps: bool,
 }
 
 /// How much memory the KV cache gets. Except for [`Pages`](Self::Pages) it holds at least one full context.
@@ -34,13 +37,13 @@ impl EngineOptions {
     /// What suits the device.
     #[must_use]
     pub fn for_device(device: &Device) -> Self {
-        let residency_check = Duration::from_secs(60);
+        let (residency_check, time_steps) = (Duration::from_secs(60), false);
         if device.is_cuda() {
             let cache = CacheSize::FreeFraction(0.9);
-            Self { queue: 256, chunk_tokens: 4096, max_running: 256, cache, residency_check }
+            Self { queue: 256, chunk_tokens: 4096, max_running: 256, cache, residency_check, time_steps }
         } else {
             let cache = CacheSize::Bytes(128 << 20);
-            Self { queue: 256, chunk_tokens: 256, max_running: 32, cache, residency_check }
+            Self { queue: 256, chunk_tokens: 256, max_running: 32, cache, residency_check, time_steps }
         }
     }
 

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::batch::Batch;
 use super::client::Client;
+use super::clock::StepClock;
 use super::handle::{Handle, Progress, Shared, Submission, lock};
 use super::sampler::{SampleRow, Sampled, Sampler};
 use super::scheduler::{NeverFits, Scheduler, SchedulerLimits};
@@ -56,6 +57,7 @@ pub fn spawn(model: Arc<Model>, options: EngineOptions) -> Result<(Handle, JoinH
         failure: Mutex::new(None),
         resident: Mutex::new(Ok(())),
     });
+    let clock = StepClock::new(&shared.device, options.time_steps)?;
     let mut worker = Worker {
         model,
         cache,
@@ -64,6 +66,7 @@ pub fn spawn(model: Arc<Model>, options: EngineOptions) -> Result<(Handle, JoinH
         scheduler: Scheduler::new(limits),
         clients: BTreeMap::new(),
         batch: Batch::default(),
+        clock,
         counted_waiting: 0,
         recount_due: false,
         residency_check: options.residency_check,
@@ -101,6 +104,7 @@ struct Worker {
     /// The owners of what the scheduler has, running or waiting.
     clients: BTreeMap<SequenceId, Client>,
     batch: Batch,
+    clock: StepClock,
     /// How many of `Shared::waiting` are the scheduler's; the others are in the channel.
     counted_waiting: usize,
     /// Something was computed since the last recount.
@@ -124,6 +128,9 @@ impl Worker {
                 }
             } else if let Err(error) = self.step() {
                 self.fail(&error);
+            }
+            if self.scheduler.is_idle() {
+                self.clock.pause();
             }
             self.publish();
             if checked.elapsed() >= self.residency_check {
@@ -206,10 +213,11 @@ impl Worker {
                 rows.push(client.sample_row(position));
             }
         }
+        self.clock.start()?;
         if rows.is_empty() {
             self.model.forward(&self.batch.step(), &mut self.cache, &mut self.workspace)?;
             self.scheduler.commit(&plan);
-            return Ok(());
+            return self.clock.stop();
         }
         let sampled = if rows.iter().all(SampleRow::is_plain) {
             self.model.forward_greedy(&self.batch.step(), &mut self.cache, &mut self.workspace)?;
@@ -219,6 +227,7 @@ impl Worker {
             self.model.forward(&self.batch.step(), &mut self.cache, &mut self.workspace)?;
             self.sampler.sample(&self.workspace.logits(rows.len())?, &rows)?
         };
+        self.clock.stop()?;
         self.scheduler.commit(&plan);
         for ((id, position, cached_tokens), sampled) in chosen.into_iter().zip(sampled) {
             let Some(client) = self.clients.get_mut(&id) else { continue };
@@ -251,6 +260,7 @@ impl Worker {
             running: self.scheduler.running().len(),
             pages: self.scheduler.pages(),
             preemptions: self.scheduler.preemptions(),
+            steps: self.clock.times(),
         };
         // One operation: others count up at the same time.
         match waiting.checked_sub(self.counted_waiting) {
