@@ -133,7 +133,8 @@ impl Bench {
     fn sample(&mut self, position: usize, temperature: f32) -> Result<(), DeviceError> {
         let sampling = Sampling { temperature, top_p: 0.95, top_k: 50, seed: 1, ..Sampling::default() };
         let counts = std::collections::BTreeMap::new();
-        let row = SampleRow { sampling: &sampling, counts: &counts, position: position as u32, logprobs: None };
+        let row =
+            SampleRow { sampling: &sampling, counts: &counts, banned: &[], position: position as u32, logprobs: None };
         self.sampler.sample(&self.workspace.logits(1)?, &[row]).map(|_| ())
     }
 

@@ -46,7 +46,7 @@ pub(super) async fn handle(
     })?;
     let seed = job.sampling.seed;
     let stop_tokens = app.model.eos_ids.clone();
-    let request = Request { prompt, max_tokens, sampling: job.sampling, stop_tokens, logprobs: None, cache_salt: None };
+    let request = Request { prompt, max_tokens, sampling: job.sampling, stop_tokens, ..Request::default() };
     let generations = server.submit(vec![request], &job.stop, false, &registered.cancellation)?;
     let protocol = JobStream {
         job_id: job.job_id,

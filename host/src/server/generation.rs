@@ -133,6 +133,7 @@ impl Generation {
                     }
                     return Poll::Ready(self.piece(scan.text, None));
                 }
+                Some(Event::Prompt(_)) => continue,
                 Some(Event::End(finish)) => {
                     self.cached = finish.cached_tokens;
                     match finish.reason {

@@ -100,6 +100,7 @@ impl Parameters {
             stop_tokens,
             logprobs,
             cache_salt: self.cache_salt.clone(),
+            ..Request::default()
         })
     }
 }

@@ -73,6 +73,10 @@ impl Engine for Scripted {
         Ok(())
     }
 
+    fn submit_all(&self, requests: Vec<(Request, Box<dyn EventSink>)>) -> Result<(), SubmitError> {
+        requests.into_iter().try_for_each(|(request, sink)| self.submit(request, sink))
+    }
+
     fn status(&self) -> Status {
         self.status.lock().unwrap().clone()
     }
