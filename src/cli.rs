@@ -69,6 +69,10 @@ pub(crate) struct CapacityArguments {
     /// Requests generated at once at most; more wait [default: 256 on a GPU, 32 on a CPU]
     #[arg(long, value_name = "N", value_parser = at_least_one::<usize>)]
     pub(crate) max_running: Option<usize>,
+    /// Tokens that the waiting requests may come to together, prompts and longest answers; beyond it new ones get 429
+    /// [default: 1048576]
+    #[arg(long, value_name = "TOKENS", value_parser = at_least_one::<usize>)]
+    pub(crate) max_queued_tokens: Option<usize>,
     /// Memory for the KV cache, in bytes; it gets what one full context needs in any case [default on a CPU: 134217728]
     #[arg(long, value_name = "BYTES", conflicts_with = "kv_cache_fraction", value_parser = at_least_one::<u64>)]
     pub(crate) kv_cache_bytes: Option<u64>,
@@ -85,6 +89,7 @@ impl CapacityArguments {
     /// `options` with what was asked for.
     pub(crate) fn apply(&self, mut options: EngineOptions) -> EngineOptions {
         options.max_running = self.max_running.unwrap_or(options.max_running);
+        options.queue_tokens = self.max_queued_tokens.unwrap_or(options.queue_tokens);
         options.cache = match (self.kv_cache_bytes, self.kv_cache_fraction) {
             (Some(bytes), _) => CacheSize::Bytes(bytes),
             (None, Some(fraction)) => CacheSize::FreeFraction(fraction),
@@ -274,6 +279,7 @@ mod tests {
         let options = |line: &str| capacity(line).apply(default);
         let unchanged = options("");
         assert_eq!((unchanged.max_running, unchanged.cache), (default.max_running, default.cache));
+        assert_eq!((unchanged.queue_tokens, options("--max-queued-tokens 9").queue_tokens), (1 << 20, 9));
         let given = options("--max-running 3 --kv-cache-bytes 5000000000");
         assert_eq!((given.max_running, given.cache), (3, CacheSize::Bytes(5_000_000_000)));
         assert_eq!(options("--kv-cache-fraction 0.25").cache, CacheSize::FreeFraction(0.25));
@@ -345,6 +351,7 @@ mod tests {
         assert_eq!(refused("serve --port 65536"), ErrorKind::ValueValidation);
         for option in [
             "--max-running 0",
+            "--max-queued-tokens 0",
             "--max-running=-1",
             "--kv-cache-bytes 0",
             "--kv-cache-bytes 1.5",

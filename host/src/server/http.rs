@@ -111,21 +111,27 @@ impl Server {
         encoded.map_err(|e| ApiError::invalid("prompt", e.to_string()))
     }
 
-    /// All or none: a generation that is dropped here is ended by the engine.
+    /// All or none.
     pub(super) fn submit(
         &self,
         requests: Vec<engine::Request>,
         stop: &[String],
-        keep_tokens: bool,
         cancellation: &Arc<Cancellation>,
     ) -> Result<Vec<Generation>, ApiError> {
-        let mut generations = Vec::with_capacity(requests.len());
+        let (count, most) = (requests.len(), self.app.limits.waiting);
+        if count > most {
+            let message = format!("n answers to each prompt are {count} in all; at most {most} can wait");
+            return Err(ApiError::invalid("n", message));
+        }
+        let mut generations = Vec::with_capacity(count);
+        let mut submissions = Vec::with_capacity(count);
         for request in requests {
             let (tokenizer, cancellation) = (Arc::clone(&self.app.tokenizer), Arc::clone(cancellation));
-            let (generation, sink) = Generation::new(tokenizer, stop, keep_tokens, cancellation);
-            self.app.engine.submit(request, sink)?;
+            let (generation, sink) = Generation::new(tokenizer, &request, stop, cancellation);
+            submissions.push((request, sink));
             generations.push(generation);
         }
+        self.app.engine.submit_all(submissions)?;
         Ok(generations)
     }
 

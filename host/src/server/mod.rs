@@ -11,6 +11,7 @@ mod generation;
 mod health;
 mod http;
 mod parameters;
+mod receipt;
 mod sse;
 mod validate;
 
