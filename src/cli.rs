@@ -24,6 +24,8 @@ pub(crate) enum Command {
     Generate(GenerateArguments),
     /// Check the numeric contract on this device; exits with 1 when a line fails
     Verify(VerifyArguments),
+    /// Send recorded requests to a server again; exits with 1 unless every answer is the same
+    Replay(ReplayArguments),
 }
 
 impl Command {
@@ -33,6 +35,7 @@ impl Command {
             source: ModelArguments { model: None, device: DeviceChoice::Auto },
             host: "127.0.0.1".into(),
             port: 8080,
+            record: None,
             capacity: CapacityArguments::default(),
         })
     }
@@ -59,6 +62,10 @@ pub(crate) struct ServeArguments {
     /// Port to listen on; 0 takes a free one
     #[arg(long, default_value_t = 8080)]
     pub(crate) port: u16,
+    /// Append each request that was answered to the end, and its answer, to this file, a JSON object a line: what
+    /// lockstep replay reads. It holds prompts and texts
+    #[arg(long, value_name = "FILE")]
+    pub(crate) record: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) capacity: CapacityArguments,
 }
@@ -146,6 +153,20 @@ pub(crate) struct GenerateArguments {
 pub(crate) struct VerifyArguments {
     #[command(flatten)]
     pub(crate) source: ModelArguments,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ReplayArguments {
+    /// A JSON object a line: {"endpoint": "/v1/chat/completions", "request": {...}, "response": {...}}, where response is
+    /// the answer or its "lockstep" object
+    #[arg(value_name = "FILE")]
+    pub(crate) file: PathBuf,
+    /// The server to ask
+    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8080")]
+    pub(crate) url: String,
+    /// Requests under way at once; it changes no answer
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = at_least_one::<usize>)]
+    pub(crate) concurrency: usize,
 }
 
 /// The value of `--device`.
@@ -256,12 +277,18 @@ mod tests {
 
     #[test]
     fn serve_takes_model_device_host_and_port() {
-        let line = "serve --model m --device cuda:3 --host 0.0.0.0 --port 9000";
+        let line = "serve --model m --device cuda:3 --host 0.0.0.0 --port 9000 --record r.jsonl";
         let Some(Command::Serve(given)) = parse(line).unwrap().command else { panic!() };
         let source = ModelArguments { model: Some("m".into()), device: DeviceChoice::Cuda(3) };
         assert_eq!(
             given,
-            ServeArguments { source, host: "0.0.0.0".into(), port: 9000, capacity: CapacityArguments::default() }
+            ServeArguments {
+                source,
+                host: "0.0.0.0".into(),
+                port: 9000,
+                record: Some("r.jsonl".into()),
+                capacity: CapacityArguments::default()
+            }
         );
     }
 
@@ -285,6 +312,18 @@ mod tests {
         assert_eq!(options("--kv-cache-fraction 0.25").cache, CacheSize::FreeFraction(0.25));
         assert_eq!(options("--kv-cache-fraction 1").cache, CacheSize::FreeFraction(1.0));
         assert_eq!((capacity("").context, capacity("--context 300").context), (None, Some(300)));
+    }
+
+    #[test]
+    fn replay_takes_file_url_and_concurrency() {
+        let given = |line: &str| match parse(&format!("replay {line}")).unwrap().command {
+            Some(Command::Replay(arguments)) => (arguments.file, arguments.url, arguments.concurrency),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(given("a.jsonl"), ("a.jsonl".into(), "http://127.0.0.1:8080".to_owned(), 4));
+        assert_eq!(given("a --url http://b:1 --concurrency 9"), ("a".into(), "http://b:1".to_owned(), 9));
+        assert_eq!(refused("replay"), ErrorKind::MissingRequiredArgument);
+        assert_eq!(refused("replay a --concurrency 0"), ErrorKind::ValueValidation);
     }
 
     #[test]

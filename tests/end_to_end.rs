@@ -250,6 +250,53 @@ fn a_repeated_prompt_has_the_log_probabilities_of_its_generation() {
     assert_eq!((&scored["choices"][0]["text"], &scored["usage"]["completion_tokens"]), (&echoed["text"], &json!(0)));
 }
 
+/// Exit code and output.
+fn replayed(path: &std::path::Path, server: &Running) -> (Option<i32>, String) {
+    let url = format!("http://{}", server.address);
+    let arguments = [path.as_os_str(), "--url".as_ref(), url.as_ref(), "--concurrency".as_ref(), "8".as_ref()];
+    let done = Command::new(env!("CARGO_BIN_EXE_lockstep")).arg("replay").args(arguments).output().unwrap();
+    (done.status.code(), String::from_utf8(done.stdout).unwrap() + &String::from_utf8(done.stderr).unwrap())
+}
+
+#[test]
+fn recorded_answers_come_again_on_another_server() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("answers.jsonl");
+    let mut server = Running::demo_with(&["--record", path.to_str().unwrap()]);
+    let hot = json!({"max_tokens": 24, "temperature": 0.9, "ignore_eos": true});
+    for place in 0..6 {
+        let text = with(hot.clone(), json!({"prompt": ANYTHING, "logprobs": place}));
+        server.ask(COMPLETIONS, &text);
+        server.stream(COMPLETIONS, &with(text, json!({"stream": true, "n": 2, "echo": true}))).events();
+        server.ask(CHAT, &chat(SUM, with(hot.clone(), json!({"seed": place, "n": 1 + place}))));
+        server.stream(CHAT, &chat(SUM, with(hot.clone(), json!({"stream": true})))).events();
+        server.stream("/execute", &json!({"job_id": "j", "prompt": ANYTHING, "max_tokens": 20})).events();
+    }
+    // What was answered is in the file when the server has ended.
+    server.terminate();
+    assert_eq!(server.exit_status().code(), Some(0));
+    let records = std::fs::read_to_string(&path).unwrap();
+    assert_eq!(records.lines().count(), 30);
+
+    let other = Running::demo_with(&["--max-running", "3", "--kv-cache-bytes", "1"]);
+    let (code, said) = replayed(&path, &other);
+    assert_eq!(
+        (code, said.as_str()),
+        (Some(0), "30 requests: 30 the same, 0 different, 0 not answered, 0 not readable\n")
+    );
+    // Planted: one bit of one seed.
+    let mut lines: Vec<Value> = records.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let seed = lines[6]["response"]["lockstep"]["seed"].as_u64().unwrap() ^ 1;
+    lines[6]["request"]["seed"] = json!(seed);
+    std::fs::write(&path, lines.iter().map(|line| format!("{line}\n")).collect::<String>()).unwrap();
+    let (code, said) = replayed(&path, &other);
+    assert_eq!(code, Some(1));
+    assert!(said.contains("line 7: differs: seed was ") && said.contains("digest was "), "{said}");
+    assert!(said.ends_with("30 requests: 29 the same, 1 different, 0 not answered, 0 not readable\n"), "{said}");
+    let (code, said) = replayed(&folder.path().join("none"), &other);
+    assert!(code == Some(1) && said.starts_with("error: cannot read "), "{said}");
+}
+
 #[test]
 fn a_minimum_keeps_an_answer_going() {
     let server = Running::demo();

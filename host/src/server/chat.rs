@@ -52,6 +52,7 @@ pub(super) async fn handle(
     let generations = server.submit(requests, &parameters.stop, &Arc::default())?;
     let mut tally = Tally::new(parameters.seed.clone(), prompt_tokens, choices, choices);
 
+    let mut transcript = server.transcript("/v1/chat/completions", body, || vec![String::new(); choices], &tally);
     let tokenizer = logprobs.map(|_| Arc::clone(&app.tokenizer));
     if parameters.stream {
         let protocol = ChatStream {
@@ -62,9 +63,16 @@ pub(super) async fn handle(
             include_usage: parameters.include_usage,
             continuous_usage: parameters.continuous_usage,
         };
-        return Ok(server.stream(generations, Box::new(protocol), in_flight));
+        return Ok(server.stream(generations, Box::new(protocol), transcript, in_flight));
     }
-    let answers = collect(generations, &mut tally).await?;
+    let answers = collect(generations, |choice, piece| {
+        tally.note(choice, piece);
+        transcript.iter_mut().for_each(|transcript| transcript.note(choice, piece));
+    })
+    .await?;
+    if let Some(transcript) = transcript {
+        transcript.finish();
+    }
     let head = Head::new("chatcmpl", "chat.completion", parameters.seed.clone(), &app.model);
     Ok(json_response(&whole(head, &answers, &tally, tokenizer.as_deref())))
 }

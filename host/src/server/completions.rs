@@ -70,6 +70,8 @@ pub(super) async fn handle(
         of_each,
         scored: scored.is_some(),
     };
+    let texts = || (0..choices).map(|choice| shape.echo(choice)).collect();
+    let mut transcript = server.transcript("/v1/completions", body, texts, &tally);
     if parameters.stream {
         let protocol = CompletionStream {
             head,
@@ -79,9 +81,16 @@ pub(super) async fn handle(
             include_usage: parameters.include_usage,
             continuous_usage: parameters.continuous_usage,
         };
-        return Ok(server.stream(generations, Box::new(protocol), in_flight));
+        return Ok(server.stream(generations, Box::new(protocol), transcript, in_flight));
     }
-    let answers = collect(generations, &mut tally).await?;
+    let answers = collect(generations, |choice, piece| {
+        tally.note(choice, piece);
+        transcript.iter_mut().for_each(|transcript| transcript.note(choice, piece));
+    })
+    .await?;
+    if let Some(transcript) = transcript {
+        transcript.finish();
+    }
     let choices: Vec<Choice> = answers.iter().enumerate().map(|(choice, answer)| shape.whole(choice, answer)).collect();
     let usage = Some(Some(tally.usage()));
     Ok(json_response(&Completion { head: &head, choices: &choices, usage, lockstep: tally.receipt() }))

@@ -17,6 +17,7 @@ use super::generation::{End, Piece};
 use super::http::{Body, InFlight, Server};
 use super::parameters::{draw_seed, fit};
 use super::receipt::{Receipt, Tally};
+use super::record::Transcript;
 use super::sse::{Frames, Protocol};
 use super::validate::kind_of;
 
@@ -50,6 +51,8 @@ pub(super) async fn handle(
     let request = Request { prompt, max_tokens, sampling: job.sampling, stop_tokens, ..Request::default() };
     let tally = Tally::new(seed.into(), u32::try_from(request.prompt.len()).unwrap_or(u32::MAX), 1, 1);
     let generations = server.submit(vec![request], &job.stop, &registered.cancellation)?;
+    let transcript =
+        server.transcript("/execute", body, || vec![String::new()], &tally).map(Transcript::whole_characters);
     let protocol = JobStream {
         job_id: job.job_id,
         registered: Some(registered),
@@ -63,7 +66,7 @@ pub(super) async fn handle(
         tally,
         end: None,
     };
-    Ok(server.stream(generations, Box::new(protocol), in_flight))
+    Ok(server.stream(generations, Box::new(protocol), transcript, in_flight))
 }
 
 /// The job that a body names.

@@ -10,7 +10,7 @@ use crate::engine::{EngineError, Event, EventSink, FinishReason, Refused, Reques
 use crate::text::{Detokenizer, Scan, StopStrings, Tokenizer};
 
 use super::cancel::Cancellation;
-use super::receipt::{ChoiceDigest, Digesting, Tally};
+use super::receipt::{ChoiceDigest, Digesting};
 
 /// Events that may wait for a reader. At 300 tokens a second, most of a second; then the request is ended rather
 /// than its tokens kept without bound.
@@ -214,7 +214,12 @@ pub(super) struct Answer {
 }
 
 /// Waits for all answers at once, so that none of their channels fills up behind another.
-pub(super) async fn collect(mut generations: Vec<Generation>, tally: &mut Tally) -> Result<Vec<Answer>, EngineError> {
+///
+/// `note` is told each piece and its choice.
+pub(super) async fn collect(
+    mut generations: Vec<Generation>,
+    mut note: impl FnMut(usize, &Piece),
+) -> Result<Vec<Answer>, EngineError> {
     let mut answers: Vec<Answer> = generations.iter().map(|_| Answer::default()).collect();
     std::future::poll_fn(|cx| {
         let mut open = false;
@@ -224,7 +229,7 @@ pub(super) async fn collect(mut generations: Vec<Generation>, tally: &mut Tally)
                     open = true;
                     break;
                 };
-                tally.note(choice, &piece);
+                note(choice, &piece);
                 answer.text.push_str(&piece.text);
                 answer.prompt.extend(piece.prompt);
                 answer.tokens.extend(piece.tokens);
@@ -271,8 +276,7 @@ mod tests {
 
     fn collected(generation: Generation) -> Result<Answer, EngineError> {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        let mut tally = Tally::new(1.into(), 1, 1, 1);
-        runtime.block_on(collect(vec![generation], &mut tally)).map(|mut answers| answers.remove(0))
+        runtime.block_on(collect(vec![generation], |_, _| {})).map(|mut answers| answers.remove(0))
     }
 
     #[test]

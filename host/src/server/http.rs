@@ -20,6 +20,8 @@ use super::cancel::{Cancellation, Jobs};
 use super::correlation::RequestIds;
 use super::error::{ApiError, Shape};
 use super::generation::Generation;
+use super::receipt::Tally;
+use super::record::Transcript;
 use super::sse::{EventStream, Protocol};
 use super::{App, cancel, chat, completions, execute, health};
 
@@ -135,13 +137,27 @@ impl Server {
         Ok(generations)
     }
 
+    /// The record of an answer, where answers are recorded; `texts` is what each choice begins with.
+    pub(super) fn transcript(
+        &self,
+        endpoint: &'static str,
+        request: &Map<String, Value>,
+        texts: impl FnOnce() -> Vec<String>,
+        tally: &Tally,
+    ) -> Option<Transcript> {
+        let recorder = self.app.recorder.clone()?;
+        let fingerprint = self.app.model.fingerprint.clone();
+        Some(Transcript::new(recorder, endpoint, request.clone(), fingerprint, texts(), tally.clone()))
+    }
+
     pub(super) fn stream(
         &self,
         generations: Vec<Generation>,
         protocol: Box<dyn Protocol>,
+        transcript: Option<Transcript>,
         in_flight: InFlight,
     ) -> Response<Body> {
-        let body = EventStream::new(generations, protocol, self.app.limits.keep_alive, in_flight);
+        let body = EventStream::new(generations, protocol, transcript, self.app.limits.keep_alive, in_flight);
         let mut response = Response::new(body.boxed_unsync());
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));

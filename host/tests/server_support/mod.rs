@@ -16,7 +16,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use host::engine::{Engine, Event, EventSink, Finish, FinishReason, Refused, Request, Status, SubmitError, TokenEvent};
-use host::server::{App, Drained, Limits, ModelInfo, bind, run};
+use host::server::{App, Drained, Limits, ModelInfo, Recorder, bind, run};
 use host::text::{ChatTemplate, Tokenizer};
 use sha2::Digest;
 use tokenizers::AddedToken;
@@ -148,6 +148,7 @@ pub fn app(script: Arc<Script>, limits: Limits) -> (App, Arc<Scripted>) {
             created: 1_700_000_000,
         },
         limits,
+        recorder: None,
     };
     (app, engine)
 }
@@ -177,6 +178,16 @@ impl Fixture {
 
     pub fn with_limits(script: Arc<Script>, limits: Limits) -> Self {
         let (app, engine) = app(script, limits);
+        Self::serving(app, engine)
+    }
+
+    /// What it answers is recorded.
+    pub fn recording(script: Arc<Script>, recorder: Recorder) -> Self {
+        let (app, engine) = app(script, Limits::default());
+        Self::serving(App { recorder: Some(recorder), ..app }, engine)
+    }
+
+    fn serving(app: App, engine: Arc<Scripted>) -> Self {
         let (stop, stopped) = oneshot::channel::<()>();
         let (told, address) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {
