@@ -47,7 +47,10 @@ pub(super) async fn handle(
     let mut prompt_tokens = 0_u32;
     for prompt in prompts(fields, &app.model)? {
         let (ids, text) = match prompt {
-            Prompt::Text(text) => (server.encode(text.clone(), true).await?, Some(text)),
+            Prompt::Text(text) => {
+                let echo = parameters.echo.then(|| text.clone());
+                (server.encode(text, true).await?, echo)
+            }
             Prompt::Tokens(ids) => (ids, None),
         };
         prompt_tokens = prompt_tokens.saturating_add(u32::try_from(ids.len()).unwrap_or(u32::MAX));
