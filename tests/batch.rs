@@ -65,6 +65,7 @@ fn collect(events: &Receiver<Event>) -> Answer {
                 bits.push((token.id, token.logprob.map(f32::to_bits), top));
             }
             Event::End(finish) => return Answer { bits, finish },
+            Event::Prompt(_) => panic!("nobody asked for the prompt's log-probabilities"),
             Event::Error(error) => panic!("{error}"),
         }
     }
@@ -168,7 +169,7 @@ fn together(model: &Arc<Model>, options: EngineOptions, requests: &[Request], se
 }
 
 fn request(prompt: Vec<u32>, max_tokens: u32, sampling: Sampling, logprobs: Option<u32>) -> Request {
-    Request { prompt, max_tokens, sampling, stop_tokens: Vec::new(), logprobs, cache_salt: None }
+    Request { prompt, max_tokens, sampling, logprobs, ..Request::default() }
 }
 
 fn tokens(count: usize, seed: u64) -> Vec<u32> {

@@ -112,9 +112,8 @@ pub(super) fn runs_repeat(model: &Arc<Model>) -> Result<Vec<Line>, DeviceError> 
         prompt: prompt.clone(),
         max_tokens: RUN_TOKENS,
         sampling: Sampling { temperature, seed, ..Sampling::default() },
-        stop_tokens: Vec::new(),
         logprobs: Some(5),
-        cache_salt: None,
+        ..Request::default()
     };
     let mut lines = Vec::new();
     let mut warm_digest = None;
@@ -165,6 +164,7 @@ fn digest(received: Receiver<Event>) -> Result<[u8; 32], DeviceError> {
                     hash.update(value.to_bits().to_le_bytes());
                 }
             }
+            Event::Prompt(_) => {}
             Event::End(_) => return Ok(hash.finalize().into()),
             Event::Error(error) => return Err(failed(&error)),
         }
