@@ -10,22 +10,38 @@ use crate::{Element, In, Shared};
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub fn copy<T: Element, const N: usize>(destination: &Shared<T>, to: usize, source: &In<'_, T>, from: usize) {
+    source.check(from, N);
+    // SAFETY: checked just above; alignment is this function's contract and faults on the device.
+    unsafe { copy_unchecked::<T, N>(destination, to, source, from) }
+}
+
+/// [`copy`] of elements that the caller has checked.
+///
+/// # Safety
+/// `from + N <= source.len()`, and both addresses are multiples of the bytes copied.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub unsafe fn copy_unchecked<T: Element, const N: usize>(
+    destination: &Shared<T>,
+    to: usize,
+    source: &In<'_, T>,
+    from: usize,
+) {
     const { assert!(matches!(N * size_of::<T>(), 4 | 8 | 16)) };
     #[cfg(target_arch = "nvptx64")]
-    {
-        let (to, from) = (destination.address_of(to), source.address(from, N));
-        // SAFETY: the source is inside its buffer (checked), the destination inside its array (the kernel's duty).
-        unsafe {
-            match N * size_of::<T>() {
-                16 => {
-                    core::arch::asm!("cp.async.cg.shared.global [{}], [{}], 16;", in(reg32) to, in(reg64) from, options(nostack))
-                }
-                8 => {
-                    core::arch::asm!("cp.async.ca.shared.global [{}], [{}], 8;", in(reg32) to, in(reg64) from, options(nostack))
-                }
-                _ => {
-                    core::arch::asm!("cp.async.ca.shared.global [{}], [{}], 4;", in(reg32) to, in(reg64) from, options(nostack))
-                }
+    // SAFETY: the source is inside its buffer by this function's contract, the destination inside its array (the kernel's
+    // duty).
+    unsafe {
+        let (to, from) = (destination.address_of(to), source.address_unchecked(from));
+        match N * size_of::<T>() {
+            16 => {
+                core::arch::asm!("cp.async.cg.shared.global [{}], [{}], 16;", in(reg32) to, in(reg64) from, options(nostack))
+            }
+            8 => {
+                core::arch::asm!("cp.async.ca.shared.global [{}], [{}], 8;", in(reg32) to, in(reg64) from, options(nostack))
+            }
+            _ => {
+                core::arch::asm!("cp.async.ca.shared.global [{}], [{}], 4;", in(reg32) to, in(reg64) from, options(nostack))
             }
         }
     }
