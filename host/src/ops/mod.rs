@@ -11,7 +11,10 @@ mod linear;
 mod rows;
 mod sampling;
 
-pub use attention::{HeadShape, Pages, attention_decode, attention_prefill, kv_write, partials_len, rotary};
+pub use attention::{
+    DecodeScratch, HeadShape, NO_ROW, Pages, PrefillTiles, Segment, attention_decode, attention_prefill, counters_len,
+    kv_write, partials_len, rotary,
+};
 pub use differing::{Comparable, differing};
 pub use elementwise::{bias_add, residual_add, silu_mul};
 pub use kernels_gpu::kv_write::PAGE;

@@ -368,7 +368,8 @@ fn an_arrival_orders_blocks_and_a_plain_count_does_not() {
             |e| run(e, how).unwrap_err(),
             |kind| match kind {
                 FaultKind::Race { space: Space::Global, first, second, .. } => {
-                    [first.action, second.action] == [Action::Write, Action::Read] && (how == 1 || first.block != second.block)
+                    [first.action, second.action] == [Action::Write, Action::Read]
+                        && (how == 1 || first.block != second.block)
                 }
                 FaultKind::Uninitialised { space: Space::Global, .. } => how == 1,
                 _ => false,

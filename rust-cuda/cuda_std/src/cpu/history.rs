@@ -65,7 +65,8 @@ impl Acquire {
 }
 
 impl Access {
-    const NONE: Self = Self { location: None, block: 0, epoch: 0, warp_epoch: 0, arrivals: 0, thread: 0, action: Action::Read };
+    const NONE: Self =
+        Self { location: None, block: 0, epoch: 0, warp_epoch: 0, arrivals: 0, thread: 0, action: Action::Read };
 
     fn same_warp(&self, other: &Self) -> bool {
         self.block == other.block && self.thread / 32 == other.thread / 32
@@ -247,8 +248,15 @@ mod tests {
                 let bytes = 1 << random.below(4);
                 let start = random.below(memory / bytes) as usize * bytes as usize;
                 let warp_epoch = warp_epochs[thread as usize / 32];
-                let access =
-                    Access { location: Some(here), block, epoch, warp_epoch, arrivals: 0, thread: thread as u16, action };
+                let access = Access {
+                    location: Some(here),
+                    block,
+                    epoch,
+                    warp_epoch,
+                    arrivals: 0,
+                    thread: thread as u16,
+                    action,
+                };
                 let expected = races(&all, start, bytes as usize, &access);
                 let result = history.record(seed, start, bytes as usize, access, &[]);
                 assert_eq!(result.is_err(), expected, "seed {seed}, after {} accesses", all.len());
