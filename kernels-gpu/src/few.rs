@@ -185,7 +185,7 @@ fn chains<const TILES: usize, const DEPTH: usize, const PENDING: usize, R>(
         let mut loaded = Fragments::<TILES> { weight: [[[0; 4]; TILES]; STAGE / 16], input: [[0; 2]; STAGE / 16] };
         for step in 0..STAGE / 16 {
             if step % 2 == 0 {
-                let pair = mma::load_b_steps(&arena.input, k + step * 16, width + PAD, tokens);
+                let pair = mma::load_b_steps_of(&arena.input, k + step * 16, width + PAD, tokens);
                 loaded.input[step] = pair[0];
                 loaded.input[step + 1] = pair[1];
             }
