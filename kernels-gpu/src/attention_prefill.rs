@@ -147,10 +147,11 @@ fn prefill<const WARPS: usize, const STEPS: usize, const TILES: usize>(
     }
     let query = mma::ReadA::new(&queries, warp_row as usize * key_row, key_row);
 
-    // The assembler for sm_120 loads operands so far ahead that registers run out, but not past a branch, even one that is
+    // Some targets' assemblers load operands so far ahead that registers run out, but not past a branch, even one that is
     // never taken (each with a condition of its own, or the compiler would join them).
+    let loads_far_ahead = cfg!(target_feature = "sm_120") || (STEPS == 8 && !cfg!(target_feature = "sm_90"));
     let stop_loading_ahead = |place: usize| {
-        if cfg!(target_feature = "sm_120") && kv_heads == u32::MAX - place as u32 {
+        if loads_far_ahead && kv_heads == u32::MAX - place as u32 {
             tiles.check(usize::MAX, 1);
         }
     };
