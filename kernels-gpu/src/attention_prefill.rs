@@ -181,7 +181,7 @@ fn prefill<const WARPS: usize, const STEPS: usize, const TILES: usize>(
 
         let keys = mma::ReadBColumns::new(&staged, stage, key_row);
         let key = |pair: usize, s: usize| {
-            if pair % 2 == 0 && s + pair > 0 {
+            if pair.is_multiple_of(2) && s + pair > 0 {
                 stop_loading_ahead(s * 4 + pair);
             }
             keys.load(pair * 16 * key_row + s * 16)
@@ -201,7 +201,7 @@ fn prefill<const WARPS: usize, const STEPS: usize, const TILES: usize>(
         let rescale = [merged[0].add(max[0], span_sum[0]), merged[1].add(max[1], span_sum[1])];
         let values = stage + SPAN * key_row;
         for n in 0..TILES {
-            if n % 2 == 0 {
+            if n.is_multiple_of(2) {
                 stop_loading_ahead(STEPS * 4 + n);
             }
             let [first, second] = mma::load_b_steps(&staged, values + n * 8 * value_row, value_row);
