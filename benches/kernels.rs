@@ -344,7 +344,7 @@ fn prefill(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape) {
     let (qkv, mut out) =
         (inputs.floats(prompt * heads.qkv_width()), inputs.same(prompt * heads.query_width(), bf16::ZERO));
     let segment = Segment { first_row: 0, rows: prompt, first_position: 0, table_start: 0 };
-    let tiles = PrefillTiles::sized([segment].into_iter(), false).expect("a prompt is short");
+    let tiles = PrefillTiles::sized([segment].into_iter(), false, heads).expect("a prompt is short");
     let numbers = inputs.holding(&tiles.numbers);
     let run: Run = Box::new(move |device| {
         let pages = Pages { keys: keys.as_slice(), values: values.as_slice() };

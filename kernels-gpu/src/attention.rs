@@ -170,7 +170,9 @@ impl Rescale {
         if max == f32::NEG_INFINITY {
             return Self { before: 1.0, span: 0.0 };
         }
-        Self { before: math::exp2_of_negative(before - common), span: math::exp2_of_negative(max - common) }
+        // One of the two is the common maximum, whose factor is 2^0 = 1.
+        let smaller = math::exp2_of_negative(before.min(max) - common);
+        if max > before { Self { before: smaller, span: 1.0 } } else { Self { before: 1.0, span: smaller } }
     }
 }
 

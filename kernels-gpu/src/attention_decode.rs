@@ -164,9 +164,9 @@ fn decode<const STEPS: usize, const OWN: usize, const CHUNK: usize>(
     cp_async::wait_group::<0>();
     thread::sync_threads();
 
-    let query = |s: usize| mma::load_a(&tiles.queries, s * 16, key_row);
-    let key = |_: usize, s: usize| mma::load_b_columns(&tiles.keys, warp * 16 * key_row + s * 16, key_row);
-    let mut tile = scores::<STEPS, 2>(query, key);
+    let queries = mma::ReadA::new(&tiles.queries, 0, key_row);
+    let keys = mma::ReadBColumns::new(&tiles.keys, warp * 16 * key_row, key_row);
+    let mut tile = scores::<STEPS, 2>(|s| queries.load(s * 16), |_, s| keys.load(s * 16));
     let visible = present.saturating_sub(warp * 16) as u32;
     scale(&mut tile, factor, Some([visible; 2]));
     let own = maximum(&tile);
@@ -189,7 +189,8 @@ fn decode<const STEPS: usize, const OWN: usize, const CHUNK: usize>(
         pairs[2 * s] = [low0, low1];
         pairs[2 * s + 1] = [high0, high1];
     }
-    let span_sum = sum(&pairs);
+    // Every warp could, but only those that use it do.
+    let span_sum = if spans == 1 || warp == 0 { sum(&pairs) } else { [0.0; 2] };
 
     let heads = kv_heads * ratio;
     let first_head = row * heads + kv_head * ratio;
@@ -200,12 +201,19 @@ fn decode<const STEPS: usize, const OWN: usize, const CHUNK: usize>(
         parts: positions.len() * heads * thread::grid_dim_x() as usize,
     };
     // The only span of a context is merged with nothing, here.
-    let mut merged = [Merged::EMPTY; 2];
-    let rescale = [merged[0].add(max[0], span_sum[0]), merged[1].add(max[1], span_sum[1])];
+    let (mut rescale, mut inverse) = ([Rescale { before: 1.0, span: 0.0 }; 2], [0.0; 2]);
+    if spans == 1 {
+        for half in 0..2 {
+            let mut merged = Merged::EMPTY;
+            rescale[half] = merged.add(max[half], span_sum[half]);
+            inverse[half] = 1.0 / merged.sum;
+        }
+    }
+    let values = mma::ReadBSteps::new(&tiles.values, warp * OWN * 8 * value_row, value_row);
     for n in 0..OWN {
         let column = (warp * OWN + n) * 8;
-        let [first, second] = mma::load_b_steps(&tiles.values, column * value_row, value_row);
-        let [third, fourth] = mma::load_b_steps(&tiles.values, column * value_row + 32, value_row);
+        let [first, second] = values.load(n * 8 * value_row);
+        let [third, fourth] = values.load(n * 8 * value_row + 32);
         let part = output(&pairs, [first, second, third, fourth]);
         for half in 0..2 {
             let head = g + half * 8;
@@ -213,8 +221,7 @@ fn decode<const STEPS: usize, const OWN: usize, const CHUNK: usize>(
                 let values = [part[half * 2], part[half * 2 + 1]];
                 let column = column + t * 2;
                 if spans == 1 {
-                    let inverse = 1.0 / merged[half].sum;
-                    let values = values.map(|value| f32_to_bf16(combine(rescale[half], 0.0, value) * inverse));
+                    let values = values.map(|value| f32_to_bf16(combine(rescale[half], 0.0, value) * inverse[half]));
                     out.store((first_head + head) * width + column, values);
                 } else {
                     let part = (first_head + head) * memory.spans + span_index;

@@ -52,94 +52,115 @@ fn prefill<const WARPS: usize, const STEPS: usize, const TILES: usize>(
     let staged: Shared<bf16> = shared::dynamic(0, STAGES * stage_elements(width));
     let queries_at = STAGES * stage_elements(width) * size_of::<bf16>();
     let queries: Shared<bf16> = shared::dynamic(queries_at, WARPS * WARP_ROWS * key_row);
-    let thread = thread::thread_idx_x() as usize;
+    let thread = thread::thread_idx_x();
     let threads = WARPS * 32;
     thread::allow_successor();
     thread::wait_for_predecessors();
 
     let entry = thread::block_idx_y() as usize * TILE_FIELDS;
-    let (first_row, rows) = (tiles.get(entry) as usize, tiles.get(entry + 1) as usize);
-    let (first_position, table) = (tiles.get(entry + 2) as usize, tiles.get(entry + 3) as usize);
-    let head = thread::block_idx_x() as usize;
-    let heads = thread::grid_dim_x() as usize;
-    let kv_heads = kv_heads as usize;
-    let kv_head = head / ratio as usize;
-    let (g, t) = ((thread::lane_id() / 4) as usize, (thread::lane_id() % 4) as usize);
-    let warp_row = thread::warp_id() as usize * WARP_ROWS;
+    let (first_row, rows) = (tiles.get(entry), tiles.get(entry + 1));
+    let (first_position, table) = (tiles.get(entry + 2), tiles.get(entry + 3));
+    let head = thread::block_idx_x();
+    let heads = thread::grid_dim_x();
+    let kv_head = head / ratio;
+    let (g, t) = (thread::lane_id() / 4, thread::lane_id() % 4);
+    let warp_row = thread::warp_id() * WARP_ROWS as u32;
     let end = first_position + rows;
-    let spans = end.div_ceil(SPAN);
+    let spans = end.div_ceil(SPAN as u32);
 
-    // Starts a span's keys and values on their way to its stage. A page holds both as they are staged, less the padding.
-    let fetch = |span_index: usize, page: usize| {
-        let page_start = (page * kv_heads + kv_head) * SPAN * width;
+    value_pages.check(0, key_pages.len());
+
+    // Where a thread's 16-byte pieces of a page go in a stage. A page holds keys and values as they are staged, less the
+    // padding; piece i is `threads` behind piece i - 1.
+    let place = |i: usize, per_row: usize, row: usize| {
+        if threads.is_multiple_of(per_row) {
+            (thread as usize / per_row + i * (threads / per_row)) * row + thread as usize % per_row * 8
+        } else {
+            let piece = thread as usize + i * threads;
+            piece / per_row * row + piece % per_row * 8
+        }
+    };
+    // Starts a span's keys and values on their way to its stage.
+    let fetch = |span_index: u32, page: u32| {
+        let page_start = (page as usize * kv_heads as usize + kv_head as usize) * (SPAN * width);
         key_pages.check(page_start, SPAN * width);
-        value_pages.check(page_start, SPAN * width);
-        let keys = span_index % STAGES * stage_elements(width);
+        let keys = span_index as usize % STAGES * stage_elements(width);
         let values = keys + SPAN * key_row;
-        let present = end - span_index * SPAN;
-        if present >= SPAN {
+        let from = page_start + thread as usize * 8;
+        let present = end - span_index * SPAN as u32;
+        if present >= SPAN as u32 {
             for i in 0..SPAN * width / 8 / threads {
-                let chunk = thread + i * threads;
-                let to = keys + chunk / (width / 8) * key_row + chunk % (width / 8) * 8;
-                // SAFETY: chunk < SPAN * width / 8, and the page was checked above; both sides are multiples of 16 bytes.
-                unsafe { cp_async::copy_unchecked::<_, 8>(&staged, to, &key_pages, page_start + chunk * 8) };
+                let to = keys + place(i, width / 8, key_row);
+                // SAFETY: the pieces are those of the page, which is in the cache (checked above; there are as many values
+                // as keys, checked at the start); both sides are multiples of 16 bytes.
+                unsafe { cp_async::copy_unchecked::<_, 8>(&staged, to, &key_pages, from + i * threads * 8) };
             }
             for i in 0..SPAN * width / 8 / threads {
-                let chunk = thread + i * threads;
-                let to = values + chunk / (SPAN / 8) * value_row + chunk % (SPAN / 8) * 8;
+                let to = values + place(i, SPAN / 8, value_row);
                 // SAFETY: as above.
-                unsafe { cp_async::copy_unchecked::<_, 8>(&staged, to, &value_pages, page_start + chunk * 8) };
+                unsafe { cp_async::copy_unchecked::<_, 8>(&staged, to, &value_pages, from + i * threads * 8) };
             }
         } else {
             // Tokens that are not there become zeros: memory that nobody wrote is not read.
-            let mut chunk = thread;
-            while chunk < SPAN * width / 8 {
-                let token = chunk / (width / 8);
-                let to = keys + token * key_row + chunk % (width / 8) * 8;
-                if token < present {
-                    cp_async::copy::<_, 8>(&staged, to, &key_pages, page_start + chunk * 8);
+            let mut piece = thread as usize;
+            while piece < SPAN * width / 8 {
+                let token = piece / (width / 8);
+                let to = keys + token * key_row + piece % (width / 8) * 8;
+                if (token as u32) < present {
+                    cp_async::copy::<_, 8>(&staged, to, &key_pages, page_start + piece * 8);
                 } else {
                     staged.store(to, [bf16::ZERO; 8]);
                 }
-                let token = chunk % (SPAN / 8) * 8;
-                let to = values + chunk / (SPAN / 8) * value_row + token;
-                if token + 8 <= present {
-                    cp_async::copy::<_, 8>(&staged, to, &value_pages, page_start + chunk * 8);
+                let token = piece % (SPAN / 8) * 8;
+                let to = values + piece / (SPAN / 8) * value_row + token;
+                if token as u32 + 8 <= present {
+                    cp_async::copy::<_, 8>(&staged, to, &value_pages, page_start + piece * 8);
                 } else {
                     let mut tokens = [bf16::ZERO; 8];
                     for i in 0..8 {
-                        if token + i < present {
-                            tokens[i] = value_pages.get(page_start + chunk * 8 + i);
+                        if ((token + i) as u32) < present {
+                            tokens[i] = value_pages.get(page_start + piece * 8 + i);
                         }
                     }
                     staged.store(to, tokens);
                 }
-                chunk += threads;
+                piece += threads;
             }
         }
         cp_async::commit_group();
     };
-    fetch(0, page_tables.get(table) as usize);
+    fetch(0, page_tables.get(table as usize));
     // Always one page ahead of the copies, so that nothing waits for a page's number.
-    let mut next_page = if spans > 1 { page_tables.get(table + 1) as usize } else { 0 };
+    let mut next_page = if spans > 1 { page_tables.get(table as usize + 1) } else { 0 };
 
     // The queries stay in shared memory: their operands would take a quarter of the registers. Rows that are not there
     // are zeros.
     for i in 0..WARP_ROWS * width / 4 / 32 {
-        let chunk = thread + i * threads;
-        let (row, column) = (chunk / (width / 4), chunk % (width / 4) * 4);
+        let piece = thread as usize + i * threads;
+        let (row, column) = (piece / (width / 4), piece % (width / 4) * 4);
         let mut values = [bf16::ZERO; 4];
-        if row < rows {
-            values = q.load::<4>((first_row + row) * q_stride as usize + head * width + column).map(f32_to_bf16);
+        if (row as u32) < rows {
+            let from = (first_row as usize + row) * q_stride as usize + (head * width as u32) as usize + column;
+            values = q.load::<4>(from).map(f32_to_bf16);
         }
         queries.store(row * key_row + column, values);
     }
+    let query = mma::ReadA::new(&queries, warp_row as usize * key_row, key_row);
+
+    // Some targets' assemblers load operands so far ahead that registers run out, but not past a branch, even one that is
+    // never taken (each with a condition of its own, or the compiler would join them).
+    let loads_far_ahead = cfg!(target_feature = "sm_120") || (STEPS == 8 && !cfg!(target_feature = "sm_90"));
+    let stop_loading_ahead = |place: usize| {
+        if loads_far_ahead && kv_heads == u32::MAX - place as u32 {
+            tiles.check(usize::MAX, 1);
+        }
+    };
 
     let mut merged = [Merged::EMPTY; 2];
     let mut sums = [[0.0f32; 4]; TILES];
     // One past the last position that a row of this warp has; nothing for a warp without rows.
-    let warp_end = if warp_row + WARP_ROWS < rows { warp_row + WARP_ROWS } else { rows };
-    let warp_end = if warp_row < rows { first_position + warp_end } else { 0 };
+    let warp_rows = if warp_row + WARP_ROWS as u32 <= rows { warp_row + WARP_ROWS as u32 } else { rows };
+    let warp_end = if warp_row < rows { first_position + warp_rows } else { 0 };
     let mut span_index = 0;
     while span_index < spans {
         cp_async::wait_group::<0>();
@@ -148,24 +169,28 @@ fn prefill<const WARPS: usize, const STEPS: usize, const TILES: usize>(
         if span_index + 1 < spans {
             fetch(span_index + 1, next_page);
             if span_index + 2 < spans {
-                next_page = page_tables.get(table + span_index + 2) as usize;
+                next_page = page_tables.get((table + span_index) as usize + 2);
             }
         }
-        let span_start = span_index * SPAN;
-        let keys = span_index % STAGES * stage_elements(width);
-        let values = keys + SPAN * key_row;
+        let span_start = span_index * SPAN as u32;
+        let stage = span_index as usize % STAGES * stage_elements(width);
         span_index += 1;
         if span_start >= warp_end {
             continue;
         }
 
-        let key = |pair: usize, s: usize| mma::load_b_columns(&staged, keys + pair * 16 * key_row + s * 16, key_row);
-        let query = |s: usize| mma::load_a(&queries, warp_row * key_row + s * 16, key_row);
-        let mut tile = scores::<STEPS, TOKEN_TILES>(query, key);
+        let keys = mma::ReadBColumns::new(&staged, stage, key_row);
+        let key = |pair: usize, s: usize| {
+            if pair.is_multiple_of(2) && s + pair > 0 {
+                stop_loading_ahead(s * 4 + pair);
+            }
+            keys.load(pair * 16 * key_row + s * 16)
+        };
+        let mut tile = scores::<STEPS, TOKEN_TILES>(|s| query.load(s * 16), key);
         // Only the spans on the diagonal have tokens that some row does not see.
-        let visible = if span_start + SPAN > first_position + warp_row + 1 {
-            let seen = |row: usize| (first_position + warp_row + row + 1).saturating_sub(span_start) as u32;
-            Some([seen(g), seen(g + 8)])
+        let first_seen = first_position + warp_row + 1;
+        let visible = if span_start + SPAN as u32 > first_seen {
+            Some([0, 8].map(|offset| (first_seen + g + offset).saturating_sub(span_start)))
         } else {
             None
         };
@@ -174,7 +199,11 @@ fn prefill<const WARPS: usize, const STEPS: usize, const TILES: usize>(
         let pairs = probabilities(&tile, max);
         let span_sum = sum(&pairs);
         let rescale = [merged[0].add(max[0], span_sum[0]), merged[1].add(max[1], span_sum[1])];
+        let values = stage + SPAN * key_row;
         for n in 0..TILES {
+            if n.is_multiple_of(2) {
+                stop_loading_ahead(STEPS * 4 + n);
+            }
             let [first, second] = mma::load_b_steps(&staged, values + n * 8 * value_row, value_row);
             let [third, fourth] = mma::load_b_steps(&staged, values + n * 8 * value_row + 32, value_row);
             let part = output(&pairs, [first, second, third, fourth]);
@@ -184,14 +213,16 @@ fn prefill<const WARPS: usize, const STEPS: usize, const TILES: usize>(
         }
     }
 
+    // Read again rather than kept in registers over the loop.
+    let (first_row, rows) = (tiles.get(entry), tiles.get(entry + 1));
     for half in 0..2 {
-        let row = warp_row + g + half * 8;
+        let row = warp_row + g + half as u32 * 8;
         if row < rows {
             let inverse = 1.0 / merged[half].sum;
+            let part = ((first_row + row) * heads + head) as usize;
             for n in 0..TILES {
-                let column = ((first_row + row) * heads + head) * width + n * 8 + t * 2;
                 out.store(
-                    column,
+                    part * width + n * 8 + t as usize * 2,
                     [f32_to_bf16(sums[n][half * 2] * inverse), f32_to_bf16(sums[n][half * 2 + 1] * inverse)],
                 );
             }
@@ -242,11 +273,10 @@ macro_rules! prefill_kernel {
     };
 }
 // Blocks on a multiprocessor at once: as many as leave the registers that a tile needs.
-prefill_kernel!(attention_prefill_32, 256, 2, 2, 4);
+prefill_kernel!(attention_prefill_32, 256, 1, 2, 4);
 prefill_kernel!(attention_prefill_64, 256, 2, 4, 8);
 prefill_kernel!(attention_prefill_96, 256, 1, 6, 12);
-prefill_kernel!(attention_prefill_128, 256, 1, 8, 16);
-prefill_kernel!(attention_prefill_short_32, 128, 4, 2, 4);
+prefill_kernel!(attention_prefill_short_32, 128, 3, 2, 4);
 prefill_kernel!(attention_prefill_short_64, 128, 4, 4, 8);
 prefill_kernel!(attention_prefill_short_96, 128, 2, 6, 12);
 prefill_kernel!(attention_prefill_short_128, 128, 2, 8, 16);

@@ -42,11 +42,11 @@ pub const fn ring_bytes(warps: usize, tiles: usize, depth: usize) -> usize {
 }
 
 /// Warps of a block of [`few_qkv()`] and of [`few_gate_up()`].
-pub const PAIR_WARPS: usize = 2;
+pub const PAIR_WARPS: usize = 4;
 /// Stages of the ring of [`few_qkv()`].
-pub const QKV_DEPTH: usize = 16;
+pub const QKV_DEPTH: usize = 8;
 /// Stages of the ring of [`few_gate_up()`].
-pub const GATE_UP_DEPTH: usize = 12;
+pub const GATE_UP_DEPTH: usize = 8;
 /// Stages of the ring of [`few_residual_1()`] and of [`few_residual_2()`].
 pub const RESIDUAL_DEPTH: usize = 16;
 /// Warps of a block of [`few_logits()`].
@@ -356,12 +356,12 @@ fn copied(input: &Shared<bf16>, x: In<bf16>, tokens: usize, width: usize) {
 /// - `residual`: f32 \[T, C\]; `gain`: bf16 \[C\]; `weight`: bf16 \[(H + 2 G) D, C\]; `bias`: bf16 \[(H + 2 G) D\] or empty;
 ///   `table`: f32 \[positions, D/2, 2\]; `queries`: f32 \[T, (H + 2 G) D\], of which the query columns are written; pages as in
 ///   [`crate::kv_write`].
-/// - grid: ceil((H + 2 G) D / 64) blocks of [`PAIR_WARPS`] warps; a warp makes 16 outputs of the first half of a head and
+/// - grid: ceil((H + 2 G) D / 128) blocks of [`PAIR_WARPS`] warps; a warp makes 16 outputs of the first half of a head and
 ///   their 16 partners of the second.
 /// - bytes: 2 N C, and 4 T C for each block.
 /// - the caller: T is at most [`FEW`], C a multiple of 64, D of 32; a row whose position is `u32::MAX` stores nothing;
 ///   dynamic shared memory as [`input_bytes`] and [`ring_bytes`] say.
-#[kernel(block = 64, min_blocks = 1)]
+#[kernel(block = 128, min_blocks = 1)]
 pub fn few_qkv(
     residual: In<f32>,
     gain: In<bf16>,
@@ -481,10 +481,10 @@ impl Epilogue {
 /// RMSNorm, the gate and up layer, and the gated activation.
 ///
 /// - `residual`: f32 \[T, C\]; `gain`: bf16 \[C\]; `weight`: bf16 \[2 F, C\], gate then up; `out`: bf16 \[T, F\].
-/// - grid: ceil(F / 32) blocks of [`PAIR_WARPS`] warps; a warp makes 16 gates and their 16 ups.
+/// - grid: ceil(F / 64) blocks of [`PAIR_WARPS`] warps; a warp makes 16 gates and their 16 ups.
 /// - bytes: 4 F C, and 4 T C for each block.
 /// - the caller: T is at most [`FEW`], C a multiple of 64, F of 16; dynamic shared memory as in [`few_qkv()`].
-#[kernel(block = 64, min_blocks = 1)]
+#[kernel(block = 128, min_blocks = 1)]
 pub fn few_gate_up(
     residual: In<f32>,
     gain: In<bf16>,

@@ -57,7 +57,6 @@ pub const KERNELS: &[&cuda_std::launch::KernelDesc] = &[
     attention_prefill::attention_prefill_32::KERNEL,
     attention_prefill::attention_prefill_64::KERNEL,
     attention_prefill::attention_prefill_96::KERNEL,
-    attention_prefill::attention_prefill_128::KERNEL,
     attention_prefill::attention_prefill_short_32::KERNEL,
     attention_prefill::attention_prefill_short_64::KERNEL,
     attention_prefill::attention_prefill_short_96::KERNEL,

@@ -214,7 +214,7 @@ impl Cache {
             segments.push(Segment { first_row, rows, first_position: first, table_start: self.places[index] });
         }
         let mut out = rig.unwritten::<bf16>(qkv.len() / stride * width);
-        let tiles = PrefillTiles::sized(segments.iter().copied(), short).unwrap();
+        let tiles = PrefillTiles::sized(segments.iter().copied(), short, heads).unwrap();
         ops::attention_prefill(
             &rig.device,
             &rig.filled(&qkv).view(),
@@ -230,11 +230,10 @@ impl Cache {
             (32, false) => "attention_prefill_32",
             (64, false) => "attention_prefill_64",
             (96, false) => "attention_prefill_96",
-            (_, false) => "attention_prefill_128",
             (32, true) => "attention_prefill_short_32",
             (64, true) => "attention_prefill_short_64",
             (96, true) => "attention_prefill_short_96",
-            (_, true) => "attention_prefill_short_128",
+            _ => "attention_prefill_short_128",
         };
         for segment in &segments {
             let other = &rig.download(&out)[(segment.first_row - 1) * width..][..width];
@@ -459,13 +458,16 @@ pub(crate) fn company(rig: &mut Rig) {
 fn tiles_cover_every_row_once() {
     let segments = [(3, 1, 0, 7), (4, 300, 100, 9), (304, 64, 64, 20)]
         .map(|(first_row, rows, first_position, table_start)| Segment { first_row, rows, first_position, table_start });
-    let tiles = |short| PrefillTiles::sized(segments.into_iter(), short).unwrap().numbers;
+    let heads = HeadShape { query_heads: 2, kv_heads: 1, width: 96 };
+    let tiles = |short| PrefillTiles::sized(segments.into_iter(), short, heads).unwrap().numbers;
     let large =
         [[288, 16, 384, 9], [160, 128, 256, 9], [32, 128, 128, 9], [4, 28, 100, 9], [304, 64, 64, 20], [3, 1, 0, 7]];
     assert_eq!(tiles(false), large.as_flattened());
     let mut rows: Vec<u32> = tiles(true).chunks(4).flat_map(|tile| tile[0]..tile[0] + tile[1]).collect();
     rows.sort_unstable();
     assert_eq!(rows, (3..368).collect::<Vec<u32>>());
+    let wide = PrefillTiles::sized(segments.into_iter(), false, HeadShape { width: 128, ..heads }).unwrap();
+    assert_eq!(wide.numbers, tiles(true));
     let ends: Vec<u32> = tiles(true).chunks(4).map(|tile| (tile[2] + tile[1]).div_ceil(64)).collect();
     assert!(ends.is_sorted_by(|a, b| a >= b), "{ends:?}");
 }

@@ -275,15 +275,17 @@ impl PrefillTiles {
     ) -> Result<Self, DeviceError> {
         let rows: usize = segments.clone().map(|segment| segment.rows).sum();
         // Two blocks of large tiles fit a multiprocessor at once.
-        let short = rows.div_ceil(prefill::BLOCK_ROWS) * heads.query_heads < 2 * device.multiprocessors();
-        Self::sized(segments, short)
+        let few = rows.div_ceil(prefill::BLOCK_ROWS) * heads.query_heads < 2 * device.multiprocessors();
+        Self::sized(segments, few, heads)
     }
 
-    /// [`new`](Self::new) with tiles of 64 rows (`short`) or of 128.
+    /// [`new`](Self::new) with tiles of 64 rows (`short`) or of 128, which heads of 128 elements do not have: their shared
+    /// memory would be more than smaller GPUs allow a block.
     ///
     /// # Errors
     /// A number beyond u32.
-    pub fn sized(segments: impl Iterator<Item = Segment>, short: bool) -> Result<Self, DeviceError> {
+    pub fn sized(segments: impl Iterator<Item = Segment>, short: bool, heads: HeadShape) -> Result<Self, DeviceError> {
+        let short = short || heads.width > 96;
         let tile_rows = Self { numbers: Vec::new(), short }.tile_rows();
         let mut tiles = Vec::new();
         for Segment { first_row, rows, first_position, table_start } in segments {
@@ -341,11 +343,10 @@ pub fn attention_prefill(
         (32, false) => prefill::attention_prefill_32::launch,
         (64, false) => prefill::attention_prefill_64::launch,
         (96, false) => prefill::attention_prefill_96::launch,
-        (_, false) => prefill::attention_prefill_128::launch,
         (32, true) => prefill::attention_prefill_short_32::launch,
         (64, true) => prefill::attention_prefill_short_64::launch,
         (96, true) => prefill::attention_prefill_short_96::launch,
-        (_, true) => prefill::attention_prefill_short_128::launch,
+        _ => prefill::attention_prefill_short_128::launch,
     };
     device.launch(
         kernel(

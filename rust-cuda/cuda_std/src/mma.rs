@@ -47,13 +47,14 @@ pub fn m16n8k16_bf16(a: [u32; 4], b: [u32; 2], c: [f32; 4]) -> [f32; 4] {
 #[must_use]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub fn load_a(tile: &Shared<bf16>, start: usize, stride: usize) -> [u32; 4] {
-    let lane = crate::thread::lane_id() as usize;
     #[cfg(target_arch = "nvptx64")]
     {
+        let lane = crate::thread::lane_id() as usize;
         ldmatrix(tile.address_of(start + lane % 16 * stride + lane / 16 * 8))
     }
     #[cfg(not(target_arch = "nvptx64"))]
     {
+        let lane = crate::thread::lane_id() as usize;
         let at = start + lane / 4 * stride + lane % 4 * 2;
         [pair(tile, at), pair(tile, at + 8 * stride), pair(tile, at + 8), pair(tile, at + 8 * stride + 8)]
     }
@@ -65,15 +66,16 @@ pub fn load_a(tile: &Shared<bf16>, start: usize, stride: usize) -> [u32; 4] {
 #[must_use]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub fn load_b_columns(tile: &Shared<bf16>, start: usize, stride: usize) -> [[u32; 2]; 2] {
-    let lane = crate::thread::lane_id() as usize;
     #[cfg(target_arch = "nvptx64")]
     {
+        let lane = crate::thread::lane_id() as usize;
         let row = lane % 8 + lane / 16 * 8;
         let [a, b, c, d] = ldmatrix(tile.address_of(start + row * stride + lane / 8 % 2 * 8));
         [[a, b], [c, d]]
     }
     #[cfg(not(target_arch = "nvptx64"))]
     {
+        let lane = crate::thread::lane_id() as usize;
         let at = start + lane / 4 * stride + lane % 4 * 2;
         [[pair(tile, at), pair(tile, at + 8)], [pair(tile, at + 8 * stride), pair(tile, at + 8 * stride + 8)]]
     }
@@ -106,6 +108,95 @@ pub fn load_b_steps_of(tile: &Shared<bf16>, start: usize, stride: usize, rows: u
         let at = start + row * stride + lane % 4 * 2;
         [[pair(tile, at), pair(tile, at + 8)], [pair(tile, at + 16), pair(tile, at + 24)]]
     }
+}
+
+macro_rules! operand_reader {
+    ($(#[$doc:meta])* $name:ident, $load:ident, $words:ty, $address:ident, |$raw:ident| $operands:expr) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy)]
+        pub struct $name {
+            #[cfg(target_arch = "nvptx64")]
+            address: u32,
+            #[cfg(not(target_arch = "nvptx64"))]
+            tile: Shared<bf16>,
+            #[cfg(not(target_arch = "nvptx64"))]
+            start: usize,
+            #[cfg(not(target_arch = "nvptx64"))]
+            stride: usize,
+        }
+
+        impl $name {
+            /// Reads from `start` on, in rows `stride` elements apart.
+            #[inline(always)]
+            #[must_use]
+            pub fn new(tile: &Shared<bf16>, start: usize, stride: usize) -> Self {
+                #[cfg(target_arch = "nvptx64")]
+                {
+                    let address = tile.address_of(start + $address(stride));
+                    let opaque: u32;
+                    // SAFETY: a move between registers. It hides how the address was made from the compiler, which would
+                    // else make each of many of them anew.
+                    unsafe {
+                        core::arch::asm!("mov.b32 {}, {};", out(reg32) opaque, in(reg32) address,
+                            options(pure, nomem, nostack));
+                    }
+                    Self { address: opaque }
+                }
+                #[cfg(not(target_arch = "nvptx64"))]
+                Self { tile: *tile, start, stride }
+            }
+
+            /// The operand `offset` elements further (a multiple of 8).
+            #[inline(always)]
+            #[must_use]
+            #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+            pub fn load(&self, offset: usize) -> $words {
+                #[cfg(target_arch = "nvptx64")]
+                {
+                    let $raw = ldmatrix(self.address + offset as u32 * 2);
+                    $operands
+                }
+                #[cfg(not(target_arch = "nvptx64"))]
+                $load(&self.tile, self.start + offset, self.stride)
+            }
+        }
+    };
+}
+operand_reader!(
+    /// [`load_a`] at many places of a tile: a lane's address is made once, constant offsets are part of the instruction.
+    ReadA, load_a, [u32; 4], lane_a, |words| words
+);
+operand_reader!(
+    /// [`load_b_columns`] at many places of a tile, as [`ReadA`].
+    ReadBColumns, load_b_columns, [[u32; 2]; 2], lane_b_columns, |words| [[words[0], words[1]], [words[2], words[3]]]
+);
+operand_reader!(
+    /// [`load_b_steps`] at many places of a tile, as [`ReadA`].
+    ReadBSteps, load_b_steps, [[u32; 2]; 2], lane_b_steps, |words| [[words[0], words[1]], [words[2], words[3]]]
+);
+
+/// Where a lane's 8 elements are from the start of the operand that [`load_a`] reads.
+#[cfg(target_arch = "nvptx64")]
+#[inline(always)]
+fn lane_a(stride: usize) -> usize {
+    let lane = crate::thread::lane_id() as usize;
+    lane % 16 * stride + lane / 16 * 8
+}
+
+/// The same of [`load_b_columns`].
+#[cfg(target_arch = "nvptx64")]
+#[inline(always)]
+fn lane_b_columns(stride: usize) -> usize {
+    let lane = crate::thread::lane_id() as usize;
+    (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8
+}
+
+/// The same of [`load_b_steps`].
+#[cfg(target_arch = "nvptx64")]
+#[inline(always)]
+fn lane_b_steps(stride: usize) -> usize {
+    let lane = crate::thread::lane_id() as usize;
+    lane % 8 * stride + lane / 8 * 8
 }
 
 /// Four 8 x 8 tiles: lane l has the address of row l % 8 of tile l / 8.

@@ -17,7 +17,8 @@ use syn::{
 /// Marks a kernel: `#[kernel(block = 128)]`, with the threads of a block (a multiple of 32, at most 1024).
 ///
 /// `#[kernel(block = 128, min_blocks = 1)]` also says how many blocks a multiprocessor must hold at once: with 1, the
-/// assembler may give a thread more registers than its own guess at occupancy allows.
+/// assembler may give a thread more registers than its own guess at occupancy allows. On sm_120, whose multiprocessors hold
+/// fewer threads and whose assembler loads further ahead, it counts as 1.
 ///
 /// Parameters are buffers (`In<T>`, `Out<T>`, `InOut<T>`) and numbers (`u32`, `i32`, `u64`, `f32`). The function
 /// returns nothing, takes no generics, and its name is the entry's name in the PTX.
@@ -181,8 +182,18 @@ fn expand(block: &Block, function: &ItemFn) -> Result<Tokens> {
     let params = signature.inputs.iter().map(Param::parse).collect::<Result<Vec<_>>>()?;
     let name = &signature.ident;
     let (name_text, threads) = (name.to_string(), block.threads);
-    let mut markers = vec![format!("// lockstep.block {threads}")];
-    markers.extend(block.min_blocks.map(|blocks| format!("// lockstep.min_blocks {blocks}")));
+    let block_marker = format!("// lockstep.block {threads}");
+    let min_blocks = block.min_blocks.map(|blocks| {
+        let marker = format!("// lockstep.min_blocks {blocks}");
+        quote! {
+            // SAFETY: as above.
+            #[cfg(not(target_feature = "sm_120"))]
+            unsafe { ::core::arch::asm!(#marker, options(nomem, nostack)) };
+            // SAFETY: as above.
+            #[cfg(target_feature = "sm_120")]
+            unsafe { ::core::arch::asm!("// lockstep.min_blocks 1", options(nomem, nostack)) };
+        }
+    });
 
     let (ptx_params, ptx_values): (Vec<_>, Vec<_>) = params.iter().map(Param::ptx).unzip();
     let descs = params.iter().map(Param::desc);
@@ -202,8 +213,9 @@ fn expand(block: &Block, function: &ItemFn) -> Result<Tokens> {
         #visibility unsafe extern "ptx-kernel" fn #name(#(#ptx_params),*) {
             #[inline(always)]
             fn body(#inputs) #body
-            // SAFETY: comments, which tell the PTX post-processor the block size.
-            unsafe { #(::core::arch::asm!(#markers, options(nomem, nostack));)* };
+            // SAFETY: a comment, which tells the PTX post-processor the block size.
+            unsafe { ::core::arch::asm!(#block_marker, options(nomem, nostack)) };
+            #min_blocks
             // SAFETY: the launch's contract: every buffer is device memory of its length.
             unsafe { body(#(#ptx_values),*) }
         }

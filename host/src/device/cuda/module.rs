@@ -109,6 +109,16 @@ impl Module {
                 self.context.name()
             )));
         }
+        // All kernels want the same split of a multiprocessor's memory, the most shared memory there is: one that wants another
+        // waits until its predecessor has left the multiprocessor, whatever the launch allows. A hint, so its failure is none.
+        // SAFETY: the handle is valid.
+        let _ = unsafe {
+            sys::cuFuncSetAttribute(
+                handle,
+                FunctionAttribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
+                sys::CUshared_carveout_enum::CU_SHAREDMEM_CARVEOUT_MAX_SHARED as i32,
+            )
+        };
         Ok(Function { handle, static_shared_bytes, overlaps, large_shared: AtomicBool::new(false) })
     }
 
