@@ -96,11 +96,17 @@ pub fn exp2(x: f32) -> f32 {
 #[inline(always)]
 #[must_use]
 pub fn exp2_of_negative(x: f32) -> f32 {
-    let rounded = x + ROUND;
-    let f = x - (rounded - ROUND);
-    // The low bits of ROUND are 0, so those of `rounded` are the integer.
-    let y = f32::from_bits(exp2_reduced(f).to_bits().wrapping_add(rounded.to_bits() << 23));
-    if x < -125.0 { 0.0 } else { y }
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let result: f32;
+        // SAFETY: arithmetic on registers.
+        unsafe {
+            core::arch::asm!("ex2.approx.ftz.f32 {}, {};", out(reg32) result, in(reg32) x, options(pure, nomem, nostack));
+        }
+        result
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    exp2(x)
 }
 
 /// e^x, to about two units in the last place. Below x = -86.6 it is 0; from x = 88.73 on it is infinite.
