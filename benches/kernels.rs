@@ -13,7 +13,7 @@ use criterion::{BenchmarkId, Criterion, Throughput};
 use cuda_std::Element;
 use half::bf16;
 use host::device::{Buffer, CpuOptions, Device, DeviceError, KernelImage, KernelImages, MemoryKind};
-use host::ops::{self, DecodeScratch, PrefillTiles, Segment, HeadShape, PAGE, Pages, Pairing, SampleParams};
+use host::ops::{self, DecodeScratch, HeadShape, PAGE, Pages, Pairing, PrefillTiles, SampleParams, Segment};
 use host::testing::TestRng;
 
 const IMAGES: KernelImages<'static> = KernelImages {
@@ -265,8 +265,7 @@ fn attention(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, rows: us
     let run: Run = Box::new(move |device| {
         let pages = Pages { keys: keys.as_slice(), values: values.as_slice() };
         let (positions, starts, tables) = (positions.as_slice(), starts.as_slice(), tables.as_slice());
-        let scratch =
-            &mut DecodeScratch { partials: partials.as_slice_mut(), counters: counters.as_slice_mut() };
+        let scratch = &mut DecodeScratch { partials: partials.as_slice_mut(), counters: counters.as_slice_mut() };
         let out = &mut out.as_slice_mut();
         ops::attention_decode(
             device,

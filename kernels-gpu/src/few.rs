@@ -41,12 +41,20 @@ pub const fn ring_bytes(warps: usize, tiles: usize, depth: usize) -> usize {
     warps * depth * tiles * 16 * ROW * 2
 }
 
-/// Warps of a block of [`few_qkv()`] and of [`few_gate_up()`].
-pub const PAIR_WARPS: usize = 4;
-/// Stages of the ring of [`few_qkv()`].
-pub const QKV_DEPTH: usize = 8;
-/// Stages of the ring of [`few_gate_up()`].
-pub const GATE_UP_DEPTH: usize = 8;
+/// How the kernels whose strips are pairs of tiles are laid out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pairs {
+    /// Warps of a block.
+    pub warps: usize,
+    /// Stages of a warp's ring.
+    pub depth: usize,
+}
+
+/// For one token or two ([`few_qkv()`], [`few_gate_up()`]): a warp normalises them soon enough, and a deep ring has most of
+/// the weights on their way before the predecessors end.
+pub const NARROW: Pairs = Pairs { warps: 1, depth: 16 };
+/// For more ([`few_qkv_wide()`], [`few_gate_up_wide()`]): the warps of a block share the work of normalising.
+pub const WIDE: Pairs = Pairs { warps: 4, depth: 8 };
 /// Stages of the ring of [`few_residual_1()`] and of [`few_residual_2()`].
 pub const RESIDUAL_DEPTH: usize = 16;
 /// Warps of a block of [`few_logits()`].
@@ -218,7 +226,8 @@ fn chains<const TILES: usize, const DEPTH: usize, const PENDING: usize, R>(
                     if fills && fill_stage + part < stages {
                         fill(&from, fill_stage + part, fill_slot + part);
                     }
-                    let next = if part + 1 < CHUNK as u32 { fragments(slot + part + 1, stage + part + 1) } else { operands };
+                    let next =
+                        if part + 1 < CHUNK as u32 { fragments(slot + part + 1, stage + part + 1) } else { operands };
                     product(&operands);
                     operands = next;
                 }
@@ -351,18 +360,9 @@ fn copied(input: &Shared<bf16>, x: In<bf16>, tokens: usize, width: usize) {
     thread::sync_threads();
 }
 
-/// RMSNorm, the query, key and value layer, bias, rotary embedding (pairs i and i + D/2), and the KV cache's new entries.
-///
-/// - `residual`: f32 \[T, C\]; `gain`: bf16 \[C\]; `weight`: bf16 \[(H + 2 G) D, C\]; `bias`: bf16 \[(H + 2 G) D\] or empty;
-///   `table`: f32 \[positions, D/2, 2\]; `queries`: f32 \[T, (H + 2 G) D\], of which the query columns are written; pages as in
-///   [`crate::kv_write`].
-/// - grid: ceil((H + 2 G) D / 128) blocks of [`PAIR_WARPS`] warps; a warp makes 16 outputs of the first half of a head and
-///   their 16 partners of the second.
-/// - bytes: 2 N C, and 4 T C for each block.
-/// - the caller: T is at most [`FEW`], C a multiple of 64, D of 32; a row whose position is `u32::MAX` stores nothing;
-///   dynamic shared memory as [`input_bytes`] and [`ring_bytes`] say.
-#[kernel(block = 128, min_blocks = 1)]
-pub fn few_qkv(
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+fn qkv<const WARPS: usize, const DEPTH: usize, const PENDING: usize>(
     residual: In<f32>,
     gain: In<bf16>,
     weight: In<bf16>,
@@ -385,14 +385,14 @@ pub fn few_qkv(
     let (heads, kv_heads, head_width) = (heads as usize, kv_heads as usize, head_width as usize);
     let (half, per_head) = (head_width / 2, head_width / 32);
     let all_heads = heads + 2 * kv_heads;
-    let arena = arena(tokens, width, PAIR_WARPS, 2, QKV_DEPTH);
+    let arena = arena(tokens, width, WARPS, 2, DEPTH);
     let (g, t) = ((thread::lane_id() / 4) as usize, (thread::lane_id() % 4) as usize);
     let strips = all_heads * per_head;
-    let strip = thread::block_idx_x() as usize * PAIR_WARPS + thread::warp_id() as usize;
+    let strip = thread::block_idx_x() as usize * WARPS + thread::warp_id() as usize;
     let head = strip / per_head;
     // The token and the place in the head's first half of each of the lane's four sums.
     let place = |element: usize| (t * 2 + element % 2, strip % per_head * 16 + g + element / 2 * 8);
-    chains::<2, QKV_DEPTH, { QKV_DEPTH / CHUNK - 2 }, _>(
+    chains::<2, DEPTH, PENDING, _>(
         weight,
         arena,
         tokens,
@@ -463,6 +463,63 @@ pub fn few_qkv(
     );
 }
 
+macro_rules! qkv_kernel {
+    ($name:ident, $threads:tt, $layout:ident) => {
+        /// RMSNorm, the query, key and value layer, bias, rotary embedding (pairs i and i + D/2), and the KV cache's new entries.
+        ///
+        /// - `residual`: f32 \[T, C\]; `gain`: bf16 \[C\]; `weight`: bf16 \[(H + 2 G) D, C\]; `bias`: bf16 \[(H + 2 G) D\] or empty;
+        ///   `table`: f32 \[positions, D/2, 2\]; `queries`: f32 \[T, (H + 2 G) D\], of which the query columns are written; pages as in
+        ///   [`crate::kv_write`].
+        /// - grid: as many blocks of this layout's warps ([`NARROW`] or [`WIDE`]) as cover (H + 2 G) D / 32 strips; a warp makes 16 outputs of the first half of a head and
+        ///   their 16 partners of the second.
+        /// - bytes: 2 N C, and 4 T C for each block.
+        /// - the caller: T is at most [`FEW`], C a multiple of 64, D of 32; a row whose position is `u32::MAX` stores nothing;
+        ///   dynamic shared memory as [`input_bytes`] and [`ring_bytes`] say.
+        #[kernel(block = $threads, min_blocks = 1)]
+        pub fn $name(
+            residual: In<f32>,
+            gain: In<bf16>,
+            weight: In<bf16>,
+            bias: In<bf16>,
+            table: In<f32>,
+            positions: In<u32>,
+            row_tables: In<u32>,
+            page_tables: In<u32>,
+            queries: Out<f32>,
+            key_pages: Out<bf16>,
+            value_pages: Out<bf16>,
+            tokens: u32,
+            width: u32,
+            heads: u32,
+            kv_heads: u32,
+            head_width: u32,
+            eps: f32,
+        ) {
+            qkv::<{ $layout.warps }, { $layout.depth }, { $layout.depth / CHUNK - 2 }>(
+                residual,
+                gain,
+                weight,
+                bias,
+                table,
+                positions,
+                row_tables,
+                page_tables,
+                queries,
+                key_pages,
+                value_pages,
+                tokens,
+                width,
+                heads,
+                kv_heads,
+                head_width,
+                eps,
+            );
+        }
+    };
+}
+qkv_kernel!(few_qkv, 32, NARROW);
+qkv_kernel!(few_qkv_wide, 128, WIDE);
+
 /// What one pair of sums of [`few_qkv()`] meets on its way out.
 #[derive(Clone, Copy)]
 struct Epilogue {
@@ -478,14 +535,9 @@ impl Epilogue {
     const EMPTY: Self = Self { position: u32::MAX, bias: [0.0; 2], rotation: [0.0; 2], page: 0 };
 }
 
-/// RMSNorm, the gate and up layer, and the gated activation.
-///
-/// - `residual`: f32 \[T, C\]; `gain`: bf16 \[C\]; `weight`: bf16 \[2 F, C\], gate then up; `out`: bf16 \[T, F\].
-/// - grid: ceil(F / 64) blocks of [`PAIR_WARPS`] warps; a warp makes 16 gates and their 16 ups.
-/// - bytes: 4 F C, and 4 T C for each block.
-/// - the caller: T is at most [`FEW`], C a multiple of 64, F of 16; dynamic shared memory as in [`few_qkv()`].
-#[kernel(block = 128, min_blocks = 1)]
-pub fn few_gate_up(
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+fn gate_up<const WARPS: usize, const DEPTH: usize, const PENDING: usize>(
     residual: In<f32>,
     gain: In<bf16>,
     weight: In<bf16>,
@@ -496,16 +548,16 @@ pub fn few_gate_up(
     eps: f32,
 ) {
     let (tokens, width, ffn) = (tokens as usize, width as usize, ffn as usize);
-    let arena = arena(tokens, width, PAIR_WARPS, 2, GATE_UP_DEPTH);
+    let arena = arena(tokens, width, WARPS, 2, DEPTH);
     let (g, t) = ((thread::lane_id() / 4) as usize, (thread::lane_id() % 4) as usize);
-    chains::<2, GATE_UP_DEPTH, { GATE_UP_DEPTH / CHUNK - 2 }, _>(
+    chains::<2, DEPTH, PENDING, _>(
         weight,
         arena,
         tokens,
         width,
         Segment { first: 0, width },
         Strips {
-            first: thread::block_idx_x() as usize * PAIR_WARPS + thread::warp_id() as usize,
+            first: thread::block_idx_x() as usize * WARPS + thread::warp_id() as usize,
             step: ffn / 16,
             end: ffn / 16,
         },
@@ -522,6 +574,34 @@ pub fn few_gate_up(
         },
     );
 }
+
+macro_rules! gate_up_kernel {
+    ($name:ident, $threads:tt, $layout:ident) => {
+        /// RMSNorm, the gate and up layer, and the gated activation.
+        ///
+        /// - `residual`: f32 \[T, C\]; `gain`: bf16 \[C\]; `weight`: bf16 \[2 F, C\], gate then up; `out`: bf16 \[T, F\].
+        /// - grid: as many blocks of this layout's warps ([`NARROW`] or [`WIDE`]) as cover F / 16 strips; a warp makes 16 gates and their 16 ups.
+        /// - bytes: 4 F C, and 4 T C for each block.
+        /// - the caller: T is at most [`FEW`], C a multiple of 64, F of 16; dynamic shared memory as in [`few_qkv()`].
+        #[kernel(block = $threads, min_blocks = 1)]
+        pub fn $name(
+            residual: In<f32>,
+            gain: In<bf16>,
+            weight: In<bf16>,
+            out: Out<bf16>,
+            tokens: u32,
+            width: u32,
+            ffn: u32,
+            eps: f32,
+        ) {
+            gate_up::<{ $layout.warps }, { $layout.depth }, { $layout.depth / CHUNK - 2 }>(
+                residual, gain, weight, out, tokens, width, ffn, eps,
+            );
+        }
+    };
+}
+gate_up_kernel!(few_gate_up, 32, NARROW);
+gate_up_kernel!(few_gate_up_wide, 128, WIDE);
 
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
@@ -601,15 +681,7 @@ macro_rules! residual_kernel {
         #[kernel(block = $threads, min_blocks = 1)]
         pub fn $name(x: In<bf16>, weight: In<bf16>, residual: InOut<f32>, tokens: u32, outputs: u32, width: u32) {
             let partials = shared_array!(f32, 128 * $segments);
-            few_residual::<$segments>(
-                x,
-                weight,
-                residual,
-                partials,
-                tokens as usize,
-                outputs as usize,
-                width as usize,
-            );
+            few_residual::<$segments>(x, weight, residual, partials, tokens as usize, outputs as usize, width as usize);
         }
     };
 }

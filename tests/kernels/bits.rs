@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::rig::Rig;
 
 /// Kernels whose products go through tensor cores, whose sums are rounded as the hardware likes.
-const TENSOR_CORES: [&str; 19] = [
+const TENSOR_CORES: [&str; 21] = [
     "attention_decode_32",
     "attention_decode_64",
     "attention_decode_96",
@@ -18,8 +18,10 @@ const TENSOR_CORES: [&str; 19] = [
     "attention_prefill_short_96",
     "attention_prefill_short_128",
     "few_gate_up",
+    "few_gate_up_wide",
     "few_logits",
     "few_qkv",
+    "few_qkv_wide",
     "few_residual_1",
     "few_residual_2",
     "few_residual_4",

@@ -218,9 +218,11 @@ impl Worker {
         self.batch.fill(&plan, &self.scheduler);
         // Where everybody wants the likeliest token and nothing else, the model chooses it.
         let plain = self.batch.scores().is_empty()
-            && plan.segments.iter().filter(|segment| segment.wants_token).all(|segment| {
-                self.clients.get(&segment.id).is_some_and(|client| client.sample_row(0).is_plain())
-            });
+            && plan
+                .segments
+                .iter()
+                .filter(|segment| segment.wants_token)
+                .all(|segment| self.clients.get(&segment.id).is_some_and(|client| client.sample_row(0).is_plain()));
         self.clock.start()?;
         if plain {
             self.model.forward_greedy(&self.batch.step(), &mut self.cache, &mut self.workspace)?;

@@ -3,9 +3,9 @@
 
 use std::collections::VecDeque;
 
+use super::KvCache;
 use super::load::Layer;
 use super::transformer::{Model, Step, Workspace};
-use super::KvCache;
 use crate::device::{DeviceError, Recording};
 use crate::ops::{self, DecodeScratch, FEW, NO_ROW, Norm, PAGE, PagesMut, Pairing, Places};
 

@@ -126,11 +126,7 @@ impl Model {
         let table = config.rope.table(context_tokens, config.head_width);
         let rope_table = device.alloc_from(table.as_flat(), MemoryKind::Weights, "rotary table")?;
         device.verify_residency()?;
-        let heads = HeadShape {
-            query_heads: config.query_heads,
-            kv_heads: config.kv_heads,
-            width: config.head_width,
-        };
+        let heads = HeadShape { query_heads: config.query_heads, kv_heads: config.kv_heads, width: config.head_width };
         Ok(Self {
             device: device.clone(),
             few_fits: ops::few_fits(device, heads, config.hidden, config.ffn),

@@ -48,8 +48,8 @@ fn logits_blocks(device: &Device) -> usize {
 pub fn few_fits(device: &Device, heads: HeadShape, hidden: usize, ffn: usize) -> bool {
     let segments = contract::segments(hidden, ffn);
     let most = [
-        shared(hidden, few::PAIR_WARPS, 2, few::QKV_DEPTH),
-        shared(hidden, few::PAIR_WARPS, 2, few::GATE_UP_DEPTH),
+        shared(hidden, few::NARROW.warps, 2, few::NARROW.depth),
+        shared(hidden, few::WIDE.warps, 2, few::WIDE.depth),
         shared(heads.query_width().max(ffn), segments, 1, few::RESIDUAL_DEPTH) + segments * 512,
         shared(hidden, few::LOGITS_WARPS, 1, few::LOGITS_DEPTH) + 256,
     ];
@@ -76,6 +76,11 @@ fn grid(
 ) -> Result<Grid, DeviceError> {
     let bytes = few::input_bytes(tokens, width) + few::ring_bytes(warps, tiles, depth);
     Ok(Grid { blocks: [size(name, blocks)?, 1, 1], dynamic_shared_bytes: size(name, bytes)? })
+}
+
+/// The layout of the paired kernels for a number of tokens. It changes no bit.
+fn pairs(tokens: usize) -> few::Pairs {
+    if tokens <= 2 { few::NARROW } else { few::WIDE }
 }
 
 fn check(name: &str, tokens: usize, width: usize) -> Result<(), DeviceError> {
@@ -123,9 +128,11 @@ pub fn few_qkv(
     })?;
     let none = norm.gain.slice(..0)?;
     let strips = outputs / 32;
-    let grid = grid(NAME, strips.div_ceil(few::PAIR_WARPS), tokens, width, few::PAIR_WARPS, 2, few::QKV_DEPTH)?;
+    let few::Pairs { warps, depth } = pairs(tokens);
+    let grid = grid(NAME, strips.div_ceil(warps), tokens, width, warps, 2, depth)?;
+    let kernel = if pairs(tokens) == few::NARROW { few::few_qkv::launch } else { few::few_qkv_wide::launch };
     device.launch(
-        few::few_qkv::launch(
+        kernel(
             residual,
             &norm.gain,
             &weight.rows()?.as_slice(),
@@ -171,10 +178,11 @@ pub fn few_gate_up(
     expect(shaped, NAME, || {
         format!("residual {}, weight {} x {width}, out {}", residual.len(), weight.n(), out.len())
     })?;
-    let blocks = (ffn / 16).div_ceil(few::PAIR_WARPS);
-    let grid = grid(NAME, blocks, tokens, width, few::PAIR_WARPS, 2, few::GATE_UP_DEPTH)?;
+    let few::Pairs { warps, depth } = pairs(tokens);
+    let grid = grid(NAME, (ffn / 16).div_ceil(warps), tokens, width, warps, 2, depth)?;
+    let kernel = if pairs(tokens) == few::NARROW { few::few_gate_up::launch } else { few::few_gate_up_wide::launch };
     device.launch(
-        few::few_gate_up::launch(
+        kernel(
             residual,
             &norm.gain,
             &weight.rows()?.as_slice(),
@@ -222,9 +230,8 @@ pub fn few_residual_in(
         4 => few::few_residual_4::launch,
         _ => return Err(DeviceError::InvalidParameter(format!("{NAME}: 1, 2 or 4 segments, not {segments}"))),
     };
-    let shaped = x.len() == tokens * width
-        && residual.len() == tokens * outputs
-        && width.is_multiple_of(few::STAGE * segments);
+    let shaped =
+        x.len() == tokens * width && residual.len() == tokens * outputs && width.is_multiple_of(few::STAGE * segments);
     expect(shaped, NAME, || format!("x {}, weight {outputs} x {width}, residual {}", x.len(), residual.len()))?;
     let grid = grid(NAME, outputs.div_ceil(16), tokens, width, segments, 1, few::RESIDUAL_DEPTH)?;
     let (tokens, outputs, width) = (size(NAME, tokens)?, size(NAME, outputs)?, size(NAME, width)?);

@@ -13,8 +13,8 @@ mod rows;
 mod sampling;
 
 pub use attention::{
-    DecodeScratch, HeadShape, NO_ROW, Pages, PagesMut, PrefillTiles, Segment, attention_decode, attention_prefill, counters_len,
-    kv_write, partials_len, rotary,
+    DecodeScratch, HeadShape, NO_ROW, Pages, PagesMut, PrefillTiles, Segment, attention_decode, attention_prefill,
+    counters_len, kv_write, partials_len, rotary,
 };
 pub use differing::{Comparable, differing};
 pub use elementwise::{bias_add, residual_add, silu_mul};
