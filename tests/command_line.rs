@@ -239,7 +239,9 @@ fn json_says_everything_and_the_stream_says_the_text() {
 #[test]
 fn one_seed_gives_one_answer_and_without_one_it_is_reported() {
     let (_guard, model) = model();
-    let question = ["--token-ids", "5,6,7", "--max-tokens", "16", "--ignore-eos", "--temperature", "1"];
+    let question =
+        ["--token-ids", "5,6,7", "--max-tokens", "16", "--ignore-eos", "--temperature", "1", "--logprobs", "3"];
+    // Each is a process of its own: log-probabilities are compared to the last digit, too.
     let drawn = json(&model, &question);
     let seed = drawn["seed"].as_u64().unwrap().to_string();
     assert_eq!(json(&model, &[&question[..], &["--seed", &seed]].concat()), drawn);

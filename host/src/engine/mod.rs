@@ -27,7 +27,7 @@ mod scheduler;
 mod sequence;
 
 pub use handle::{Engine, Handle, Status};
-pub use options::{CacheSize, EngineOptions};
+pub use options::{CacheSize, EngineOptions, Trial};
 pub use pages::PageCounts;
 pub use request::{
     EngineError, Event, EventSink, Finish, FinishReason, Refused, Request, Sampling, SubmitError, TokenEvent,

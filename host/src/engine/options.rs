@@ -17,6 +17,18 @@ pub struct EngineOptions {
     pub cache: CacheSize,
     /// How often memory is checked to be where it should be.
     pub residency_check: Duration,
+    /// Conditions that tests put the engine under.
+    pub trial: Trial,
+}
+
+/// Conditions under which `lockstep verify --batch` and the tests compare answers. A server has none of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Trial {
+    /// Free pages are given out in the order that this seed gives, instead of by number.
+    pub page_order: Option<u64>,
+    /// Before each step every intermediate value of the workspace, and every page that a sequence begins, is overwritten
+    /// with NaN. Costs an upload of the whole workspace per step.
+    pub poison: bool,
 }
 
 /// How much memory the KV cache gets. Except for [`Pages`](Self::Pages) it holds at least one full context.
@@ -34,13 +46,13 @@ impl EngineOptions {
     /// What suits the device.
     #[must_use]
     pub fn for_device(device: &Device) -> Self {
-        let residency_check = Duration::from_secs(60);
+        let (residency_check, trial) = (Duration::from_secs(60), Trial::default());
         if device.is_cuda() {
             let cache = CacheSize::FreeFraction(0.9);
-            Self { queue: 256, chunk_tokens: 4096, max_running: 256, cache, residency_check }
+            Self { queue: 256, chunk_tokens: 4096, max_running: 256, cache, residency_check, trial }
         } else {
             let cache = CacheSize::Bytes(128 << 20);
-            Self { queue: 256, chunk_tokens: 256, max_running: 32, cache, residency_check }
+            Self { queue: 256, chunk_tokens: 256, max_running: 32, cache, residency_check, trial }
         }
     }
 

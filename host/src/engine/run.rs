@@ -11,7 +11,7 @@ use super::batch::Batch;
 use super::client::Client;
 use super::handle::{Handle, Progress, Shared, Submission, lock};
 use super::sampler::{SampleRow, Sampler};
-use super::scheduler::{NeverFits, Scheduler, SchedulerLimits};
+use super::scheduler::{NeverFits, Plan, Scheduler, SchedulerLimits};
 use super::sequence::SequenceId;
 use super::{EngineError, EngineOptions};
 use crate::device::DeviceError;
@@ -56,17 +56,22 @@ pub fn spawn(model: Arc<Model>, options: EngineOptions) -> Result<(Handle, JoinH
         failure: Mutex::new(None),
         resident: Mutex::new(Ok(())),
     });
+    let mut scheduler = Scheduler::new(limits);
+    if let Some(seed) = options.trial.page_order {
+        scheduler.pool.shuffle_free(seed);
+    }
     let mut worker = Worker {
         model,
         cache,
         workspace,
         sampler,
-        scheduler: Scheduler::new(limits),
+        scheduler,
         clients: BTreeMap::new(),
         batch: Batch::default(),
         counted_waiting: 0,
         recount_due: false,
         residency_check: options.residency_check,
+        poison: options.trial.poison,
         shared: shared.clone(),
     };
     worker.publish();
@@ -106,6 +111,8 @@ struct Worker {
     /// Something was computed since the last recount.
     recount_due: bool,
     residency_check: Duration,
+    /// See [`Trial`](super::Trial).
+    poison: bool,
     shared: Arc<Shared>,
 }
 
@@ -195,6 +202,9 @@ impl Worker {
         if plan.segments.is_empty() {
             return Ok(());
         }
+        if self.poison {
+            self.poison(&plan)?;
+        }
         self.batch.fill(&plan, &self.scheduler);
         self.model.forward(&self.batch.step(), &mut self.cache, &mut self.workspace)?;
         self.scheduler.commit(&plan);
@@ -220,6 +230,19 @@ impl Worker {
             } else {
                 self.clients.remove(&id);
                 self.scheduler.remove(id);
+            }
+        }
+        Ok(())
+    }
+
+    /// Overwrites what the step must not read: intermediate values, and the pages that its sequences begin.
+    fn poison(&mut self, plan: &Plan) -> Result<(), DeviceError> {
+        let device = &self.shared.device;
+        self.workspace.poison(device)?;
+        for segment in &plan.segments {
+            let Some(sequence) = self.scheduler.sequence(segment.id) else { continue };
+            for &page in &sequence.pages[self.scheduler.limits().pages_for(segment.first)..] {
+                self.cache.poison(device, page)?;
             }
         }
         Ok(())

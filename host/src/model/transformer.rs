@@ -392,6 +392,36 @@ impl Workspace {
         self.limits
     }
 
+    /// Overwrites every intermediate value with NaN. For tests: whoever reads one before it is written shows it.
+    ///
+    /// # Errors
+    /// The device's error.
+    pub fn poison(&mut self, device: &Device) -> Result<(), DeviceError> {
+        let Self {
+            residual,
+            normed,
+            qkv,
+            partials,
+            attended,
+            delta,
+            gate_up,
+            gated,
+            head_rows,
+            head_normed,
+            logits,
+            ..
+        } = self;
+        for buffer in [residual, qkv, partials, delta, head_rows, logits] {
+            let poison = vec![f32::NAN; buffer.len()];
+            device.upload(buffer, &poison)?;
+        }
+        for buffer in [normed, attended, gate_up, gated, head_normed] {
+            let poison = vec![bf16::NAN; buffer.len()];
+            device.upload(buffer, &poison)?;
+        }
+        Ok(())
+    }
+
     /// The logits \[R, V\] of the last step with `rows` = R logits rows.
     ///
     /// # Errors
