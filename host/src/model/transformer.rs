@@ -409,7 +409,10 @@ impl Workspace {
             head_rows,
             head_normed,
             logits,
-            ..
+            // Indices: all of them are uploaded for each step.
+            limits: _,
+            indices: _,
+            staging: _,
         } = self;
         for buffer in [residual, qkv, partials, delta, head_rows, logits] {
             let poison = vec![f32::NAN; buffer.len()];
