@@ -33,7 +33,16 @@ fn no_request_can_tell_its_company(device: &Device, size: Size) {
     let failed: Vec<_> = lines.iter().filter(|line| !line.holds).collect();
     assert!(all && failed.is_empty(), "{failed:#?}");
     // Each subject has its line.
-    for subject in ["among 1 others", "steps of 16", "warm cache", "preempted", "NaN", "other orders", "two engines"] {
+    for subject in [
+        "among 1 others",
+        "steps of 16",
+        "warm cache",
+        "preempted",
+        "NaN",
+        "other orders",
+        "two engines",
+        "greedy without",
+    ] {
         assert!(lines.iter().any(|line| line.claim.contains(subject)), "{subject}: {lines:#?}");
     }
 }

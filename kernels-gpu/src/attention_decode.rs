@@ -25,6 +25,9 @@ fn decode_span<const STEPS: usize, const TILES: usize>(
     let width = STEPS * 16;
     let (span_index, kv_head, row) =
         (thread::block_idx_x() as usize, thread::block_idx_y() as usize, thread::block_idx_z() as usize);
+    if positions.get(row) == u32::MAX {
+        return;
+    }
     let context = positions.get(row) as usize + 1;
     if span_index * SPAN >= context {
         return;
@@ -160,6 +163,9 @@ pub fn attention_merge(partials: In<f32>, positions: In<u32>, out: Out<bf16>, wi
     if column < width {
         let row = thread::block_idx_y() as usize;
         let index = row * thread::grid_dim_x() as usize + thread::block_idx_x() as usize;
+        if positions.get(row) == u32::MAX {
+            return;
+        }
         let spans = positions.get(row) as usize / SPAN + 1;
         let mut merged = Merged::EMPTY;
         let mut value = 0.0;

@@ -16,6 +16,7 @@ pub const PAGE: usize = crate::attention::SPAN;
 ///   `row_tables`: u32 \[T\], where the row's page table starts in `page_tables`; `page_tables`: u32.
 /// - grid (ceil(G D / 128), T); a thread stores one key and one value element.
 /// - bytes: 12 per element of a key.
+/// - a row whose position is `u32::MAX` is padding and stores nothing.
 /// - the caller: the pages of every position are in the tables, and no two rows share a position of a sequence.
 #[kernel(block = 128)]
 pub fn kv_write(
@@ -33,9 +34,9 @@ pub fn kv_write(
     let index = thread::index_1d() as usize;
     let (kv_heads, head_width) = (kv_heads as usize, head_width as usize);
     let kv_width = kv_heads * head_width;
-    if index < kv_width {
-        let row = thread::block_idx_y() as usize;
-        let position = positions.get(row) as usize;
+    let row = thread::block_idx_y() as usize;
+    let position = positions.get(row) as usize;
+    if index < kv_width && position != u32::MAX as usize {
         let page = page_tables.get(row_tables.get(row) as usize + position / PAGE) as usize;
         let token = position % PAGE;
         let (head, d) = (index / head_width, index % head_width);

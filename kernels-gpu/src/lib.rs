@@ -15,6 +15,7 @@
 //! | `residual_add`, `silu_mul` | around the feed-forward layers |
 //! | `gather_rows` | the rows whose logits are needed |
 //! | `penalties`, `temperature`, `argmax`, `sample`, `log_probs` | from logits to a token (`rank`, `philox`: their parts) |
+//! | `few` | the linear layers of few tokens, fused with their neighbours |
 //! | `differing` | bit comparison, for the self-test |
 #![cfg_attr(target_arch = "nvptx64", no_std)]
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch))]
@@ -30,6 +31,7 @@ pub mod attention_prefill;
 pub mod bias_add;
 pub mod differing;
 pub mod embedding;
+pub mod few;
 pub mod gather_rows;
 pub mod kv_write;
 pub mod linear;
@@ -61,6 +63,13 @@ pub const KERNELS: &[&cuda_std::launch::KernelDesc] = &[
     differing::differing_bf16::KERNEL,
     differing::differing_f32::KERNEL,
     embedding::embedding::KERNEL,
+    few::few_argmax::KERNEL,
+    few::few_gate_up::KERNEL,
+    few::few_logits::KERNEL,
+    few::few_qkv::KERNEL,
+    few::few_residual_1::KERNEL,
+    few::few_residual_2::KERNEL,
+    few::few_residual_4::KERNEL,
     gather_rows::gather_rows::KERNEL,
     kv_write::kv_write::KERNEL,
     linear::linear_bf16::KERNEL,

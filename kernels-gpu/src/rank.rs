@@ -35,6 +35,16 @@ pub fn id_of(rank: u64) -> u32 {
     !(rank as u32)
 }
 
+/// The value of the lane whose index differs by `mask`.
+#[inline(always)]
+#[must_use]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub fn shuffle_xor(value: u64, mask: u32) -> u64 {
+    let high = warp::shuffle_xor_u32((value >> 32) as u32, mask);
+    let low = warp::shuffle_xor_u32(value as u32, mask);
+    (u64::from(high) << 32) | u64::from(low)
+}
+
 /// The greatest of the block's values, in every thread. `scratch` holds one element per warp.
 #[inline(always)]
 #[must_use]
@@ -43,9 +53,7 @@ pub fn block_max(value: u64, scratch: &Shared<u64>) -> u64 {
     let mut max = value;
     let mut distance = 16;
     while distance > 0 {
-        let high = warp::shuffle_xor_u32((max >> 32) as u32, distance);
-        let low = warp::shuffle_xor_u32(max as u32, distance);
-        let other = (u64::from(high) << 32) | u64::from(low);
+        let other = shuffle_xor(max, distance);
         max = if other > max { other } else { max };
         distance >>= 1;
     }

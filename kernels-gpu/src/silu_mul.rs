@@ -4,7 +4,7 @@ use cuda_std::prelude::*;
 
 /// silu(g) * u with silu(g) = g / (1 + e^-g), in f32.
 #[inline(always)]
-fn gated(gate: bf16, up: bf16) -> f32 {
+pub(crate) fn gated(gate: bf16, up: bf16) -> f32 {
     let gate = bf16_to_f32(gate);
     gate / (1.0 + math::exp(-gate)) * bf16_to_f32(up)
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::rig::Rig;
 
 /// Kernels whose products go through tensor cores, whose sums are rounded as the hardware likes.
-const TENSOR_CORES: [&str; 10] = [
+const TENSOR_CORES: [&str; 16] = [
     "attention_decode_32",
     "attention_decode_64",
     "attention_decode_96",
@@ -14,6 +14,12 @@ const TENSOR_CORES: [&str; 10] = [
     "attention_prefill_64",
     "attention_prefill_96",
     "attention_prefill_128",
+    "few_gate_up",
+    "few_logits",
+    "few_qkv",
+    "few_residual_1",
+    "few_residual_2",
+    "few_residual_4",
     "linear_bf16",
     "linear_f32",
 ];

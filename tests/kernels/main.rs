@@ -9,7 +9,7 @@
 //! | `rows`, `elementwise` | embedding, gathering, normalisation; bias, residual, gate, comparison |
 //! | `positions` | rotary embedding, the pages of the KV cache |
 //! | `attention` | prefill, decode, merge |
-//! | `linear` | linear layers |
+//! | `linear`, `few` | linear layers; their fused forms |
 //! | `logits`, `sample` | from logits to a token |
 //! | `ptx` | the kernel images against the table of kernels |
 //! | `bits` | the GPU's bits against the CPU's |
@@ -20,6 +20,7 @@ mod attention;
 mod bits;
 mod compare;
 mod elementwise;
+mod few;
 mod linear;
 mod logits;
 mod positions;
@@ -89,6 +90,10 @@ on_every_device! {
     attention_causality: crate::attention::causality;
     linear_values: crate::linear::values;
     linear_rows: crate::linear::rows;
+    few_qkv: crate::few::qkv;
+    few_gate_up: crate::few::gate_up;
+    few_residual: crate::few::residual;
+    few_logits: crate::few::logits;
     temperature: crate::logits::temperature;
     penalties: crate::logits::penalties;
     argmax: crate::logits::argmax;

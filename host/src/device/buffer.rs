@@ -184,7 +184,7 @@ impl<'a, T: Element> Slice<'a, T> {
         self.view.device
     }
 
-    pub(super) fn address(&self) -> u64 {
+    pub(crate) fn address(&self) -> u64 {
         self.view.address
     }
 }

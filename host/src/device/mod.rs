@@ -9,6 +9,7 @@
 //! | `buffer` | owned typed memory, and views of it |
 //! | `tracker` | who uses how much memory |
 //! | `linear` | the types of linear layers and their numeric contract |
+//! | `recording` | launches that are started again as a whole |
 //! | `ptx` | kernel images: choosing one, checking its parameters |
 //! | `error` | typed errors with frozen codes |
 //! | `cpu` | the executor's device |
@@ -25,6 +26,7 @@ pub use cpu::CpuOptions;
 pub use error::{DeviceError, ErrorCode};
 pub use linear::{LinearBackend, LinearOutput, OutputType, Weight, contract};
 pub use ptx::{KernelImage, KernelImages};
+pub use recording::Recording;
 pub use tracker::{MemoryKind, MemoryRecord, MemoryTracker};
 
 mod buffer;
@@ -33,6 +35,7 @@ mod cuda;
 mod error;
 mod linear;
 mod ptx;
+mod recording;
 mod tracker;
 
 /// How much memory a device has, in bytes.
@@ -104,6 +107,15 @@ impl Device {
         match self {
             Self::Cpu(_) => None,
             Self::Cuda(device) => Some(device.compute_capability()),
+        }
+    }
+
+    /// The most shared memory that a block may have, in bytes. The executor's limit is that of an H100.
+    #[must_use]
+    pub fn shared_bytes_per_block(&self) -> usize {
+        match self {
+            Self::Cpu(_) => 227 * 1024,
+            Self::Cuda(device) => device.shared_bytes_per_block() as usize,
         }
     }
 

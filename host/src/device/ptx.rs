@@ -1,6 +1,6 @@
 //! Kernel images: choosing the one for a device, and checking that its entries are what the host calls.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use cuda_std::launch::KernelDesc;
 
@@ -77,6 +77,13 @@ pub(super) fn entries(ptx: &str) -> HashMap<&str, Vec<usize>> {
     entries
 }
 
+/// The entries that wait for their predecessors themselves, and may so be launched while those still run.
+pub(super) fn waiting_entries(ptx: &str) -> HashSet<&str> {
+    let waits = |body: &&str| body.contains("griddepcontrol.wait;");
+    let name = |body: &'_ str| body.split(|c: char| c == '(' || c.is_whitespace()).next().unwrap_or_default().len();
+    ptx.split(".entry ").skip(1).filter(waits).map(|body| &body[..name(body)]).collect()
+}
+
 /// The bytes of one declaration, such as `.param .u64 .ptr .align 1 add_param_0` or `.param .align 8 .b8 add_param_2[16]`;
 /// 0 for what is not understood, which equals no size that the host expects.
 fn parameter_bytes(declaration: &str) -> usize {
@@ -145,6 +152,13 @@ mod tests {
         entry: |_| {},
     };
     const EMPTY: KernelDesc = KernelDesc { name: "empty", block: 32, params: &[], entry: |_| {} };
+    #[test]
+    fn who_waits() {
+        let ptx = ".visible .entry a(\n)\n{\n\tgriddepcontrol.wait;\n}\n.entry b\n{\n\tret;\n}\n.entry c(.param .u32 x)\n{\n\
+                   griddepcontrol.launch_dependents;\n}\n.entry d {\ngriddepcontrol.wait;\n}\n";
+        assert_eq!(waiting_entries(ptx), HashSet::from(["a", "d"]));
+    }
+
     const STRUCTURE: KernelDesc = KernelDesc {
         name: "structure",
         block: 32,

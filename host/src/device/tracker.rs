@@ -57,6 +57,7 @@ struct State {
     records: BTreeMap<u64, MemoryRecord>,
     total_bytes: u64,
     high_water_bytes: u64,
+    forgotten: u64,
 }
 
 impl State {
@@ -94,6 +95,13 @@ impl MemoryTracker {
         let mut state = self.state();
         let freed = state.records.remove(&address).map_or(0, |old| old.bytes);
         state.total_bytes -= freed;
+        state.forgotten += 1;
+    }
+
+    /// How often an allocation was removed.
+    #[must_use]
+    pub fn forgotten(&self) -> u64 {
+        self.state().forgotten
     }
 
     /// Bytes allocated now.

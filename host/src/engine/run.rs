@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::batch::Batch;
 use super::client::Client;
 use super::handle::{Handle, Progress, Shared, Submission, lock};
-use super::sampler::{SampleRow, Sampler};
+use super::sampler::{SampleRow, Sampled, Sampler};
 use super::scheduler::{NeverFits, Plan, Scheduler, SchedulerLimits};
 use super::sequence::SequenceId;
 use super::{EngineError, EngineOptions};
@@ -206,9 +206,6 @@ impl Worker {
             self.poison(&plan)?;
         }
         self.batch.fill(&plan, &self.scheduler);
-        self.model.forward(&self.batch.step(), &mut self.cache, &mut self.workspace)?;
-        self.scheduler.commit(&plan);
-
         let mut chosen: Vec<(SequenceId, u32, usize)> = Vec::with_capacity(plan.segments.len());
         let mut rows: Vec<SampleRow<'_>> = Vec::with_capacity(plan.segments.len());
         for segment in plan.segments.iter().filter(|segment| segment.wants_token) {
@@ -220,9 +217,19 @@ impl Worker {
             }
         }
         if rows.is_empty() {
+            self.model.forward(&self.batch.step(), &mut self.cache, &mut self.workspace)?;
+            self.scheduler.commit(&plan);
             return Ok(());
         }
-        let sampled = self.sampler.sample(&self.workspace.logits(rows.len())?, &rows)?;
+        let sampled = if rows.iter().all(SampleRow::is_plain) {
+            self.model.forward_greedy(&self.batch.step(), &mut self.cache, &mut self.workspace)?;
+            let ids = self.model.device().download(self.workspace.chosen(rows.len())?)?;
+            ids.into_iter().map(Sampled::from).collect()
+        } else {
+            self.model.forward(&self.batch.step(), &mut self.cache, &mut self.workspace)?;
+            self.sampler.sample(&self.workspace.logits(rows.len())?, &rows)?
+        };
+        self.scheduler.commit(&plan);
         for ((id, position, cached_tokens), sampled) in chosen.into_iter().zip(sampled) {
             let Some(client) = self.clients.get_mut(&id) else { continue };
             if let Some(token) = client.deliver(sampled, position, cached_tokens) {

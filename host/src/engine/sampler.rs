@@ -20,6 +20,14 @@ pub struct SampleRow<'a> {
     pub logprobs: Option<u32>,
 }
 
+impl SampleRow<'_> {
+    /// Whether the likeliest token is all that is asked for.
+    #[must_use]
+    pub fn is_plain(&self) -> bool {
+        temperature(self.sampling) == 0.0 && self.logprobs.is_none() && !has_penalties(self)
+    }
+}
+
 /// A chosen token.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampled {
@@ -29,6 +37,13 @@ pub struct Sampled {
     pub logprob: Option<f32>,
     /// The most likely tokens with theirs, where wanted.
     pub top: Vec<(u32, f32)>,
+}
+
+impl From<u32> for Sampled {
+    /// A token as the kernels write it: `u32::MAX` is none.
+    fn from(id: u32) -> Self {
+        Self { id: (id != u32::MAX).then_some(id), logprob: None, top: Vec::new() }
+    }
 }
 
 /// The most tokens whose log-probabilities can be asked for.

@@ -57,6 +57,11 @@ impl KvCache {
         self.layers.len()
     }
 
+    /// A number that tells this cache's memory from others that live at the same time.
+    pub(super) fn identity(&self) -> u64 {
+        self.layers.first().map_or(0, |(keys, _)| keys.as_slice().address())
+    }
+
     /// A layer's pages, to read.
     pub(super) fn pages(&self, layer: usize) -> Pages<'_> {
         let (keys, values) = &self.layers[layer];

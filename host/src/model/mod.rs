@@ -6,6 +6,7 @@
 pub mod architecture;
 mod checkpoint;
 mod config;
+mod decode;
 mod error;
 mod kv_cache;
 mod load;

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use half::bf16;
 
+use super::decode::{Recordings, Wanted};
 use super::load::{self, Layer, LoadError, Parameters};
 use super::{Checkpoint, KvCache, ModelConfig};
 use crate::device::{Buffer, Device, DeviceError, MemoryKind, Slice, Weight};
@@ -20,8 +21,10 @@ pub struct Model {
     config: ModelConfig,
     context_tokens: usize,
     fingerprint: [u8; 32],
-    parameters: Parameters,
-    rope_table: Buffer<f32>,
+    pub(super) parameters: Parameters,
+    pub(super) rope_table: Buffer<f32>,
+    /// The fused kernels of few rows take its shapes.
+    pub(super) few_fits: bool,
 }
 
 /// Some rows of a step that are consecutive tokens of one sequence, more than one or not.
@@ -76,19 +79,24 @@ pub struct StepLimits {
 pub struct Workspace {
     limits: StepLimits,
     /// Tokens, positions, row tables, logits rows and page tables of a step: one upload.
-    indices: Buffer<u32>,
-    staging: Vec<u32>,
-    residual: Buffer<f32>,
-    normed: Buffer<bf16>,
-    qkv: Buffer<f32>,
-    partials: Buffer<f32>,
-    attended: Buffer<bf16>,
-    delta: Buffer<f32>,
-    gate_up: Buffer<bf16>,
-    gated: Buffer<bf16>,
+    pub(super) indices: Buffer<u32>,
+    pub(super) staging: Vec<u32>,
+    pub(super) residual: Buffer<f32>,
+    pub(super) normed: Buffer<bf16>,
+    pub(super) qkv: Buffer<f32>,
+    pub(super) partials: Buffer<f32>,
+    pub(super) attended: Buffer<bf16>,
+    pub(super) delta: Buffer<f32>,
+    pub(super) gate_up: Buffer<bf16>,
+    pub(super) gated: Buffer<bf16>,
     head_rows: Buffer<f32>,
-    head_normed: Buffer<bf16>,
-    logits: Buffer<f32>,
+    pub(super) head_normed: Buffer<bf16>,
+    pub(super) logits: Buffer<f32>,
+    /// The best token that each block of the head found.
+    pub(super) best: Buffer<u64>,
+    /// The likeliest tokens of the rows with logits.
+    pub(super) chosen: Buffer<u32>,
+    pub(super) recordings: Recordings,
 }
 
 impl Model {
@@ -110,8 +118,10 @@ impl Model {
         let table = config.rope.table(context_tokens, config.head_width);
         let rope_table = device.alloc_from(table.as_flat(), MemoryKind::Weights, "rotary table")?;
         device.verify_residency()?;
+        let heads = HeadShape { query_heads: config.query_heads, kv_heads: config.kv_heads, width: config.head_width };
         Ok(Self {
             device: device.clone(),
+            few_fits: ops::few_fits(device, heads, config.hidden, config.ffn),
             config,
             context_tokens,
             fingerprint: checkpoint.fingerprint(),
@@ -203,10 +213,13 @@ impl Model {
             head_rows: activation(limits.logits_rows * config.hidden, "rows with logits")?,
             head_normed: operand(limits.logits_rows * config.hidden, "normalised rows with logits")?,
             logits: activation(limits.logits_rows * config.vocab, "logits")?,
+            best: device.alloc_unwritten(ops::best_len(device), MemoryKind::Activations, "best tokens")?,
+            chosen: device.alloc_unwritten(limits.logits_rows, MemoryKind::Activations, "likeliest tokens")?,
+            recordings: Recordings::default(),
         })
     }
 
-    fn head(&self) -> &Weight {
+    pub(super) fn head(&self) -> &Weight {
         self.parameters.head.as_ref().unwrap_or(&self.parameters.embedding)
     }
 
@@ -217,6 +230,38 @@ impl Model {
     /// A step beyond the workspace's limits or the vocabulary, or the device's error.
     pub fn forward(&self, step: &Step<'_>, cache: &mut KvCache, workspace: &mut Workspace) -> Result<(), DeviceError> {
         self.check(step, cache, workspace)?;
+        if self.decode(step, cache, workspace, Wanted::Logits)? {
+            return Ok(());
+        }
+        self.compute(step, cache, workspace)
+    }
+
+    /// As [`Self::forward`], but leaves the likeliest token of each of the rows in [`Workspace::chosen`]: the first of the
+    /// one order, or `u32::MAX` where no logit is finite. Where that is faster no logits are written.
+    ///
+    /// # Errors
+    /// As for `forward`.
+    pub fn forward_greedy(
+        &self,
+        step: &Step<'_>,
+        cache: &mut KvCache,
+        workspace: &mut Workspace,
+    ) -> Result<(), DeviceError> {
+        self.check(step, cache, workspace)?;
+        if self.decode(step, cache, workspace, Wanted::Tokens)? {
+            return Ok(());
+        }
+        self.compute(step, cache, workspace)?;
+        let rows = step.logits_rows.len();
+        if rows == 0 {
+            return Ok(());
+        }
+        let logits = workspace.logits.slice(..rows * self.config.vocab)?;
+        ops::argmax(&self.device, &logits, &mut workspace.chosen.slice_mut(..rows)?)
+    }
+
+    /// Any step, operation by operation.
+    fn compute(&self, step: &Step<'_>, cache: &mut KvCache, workspace: &mut Workspace) -> Result<(), DeviceError> {
         let (config, heads, device) = (&self.config, self.heads(), &self.device);
         let (rows, hidden) = (step.tokens.len(), config.hidden);
 
@@ -409,10 +454,13 @@ impl Workspace {
             head_rows,
             head_normed,
             logits,
-            // Indices: all of them are uploaded for each step.
+            best,
+            chosen,
+            // Uploaded for each step, or no values.
             limits: _,
             indices: _,
             staging: _,
+            recordings: _,
         } = self;
         for buffer in [residual, qkv, partials, delta, head_rows, logits] {
             let poison = vec![f32::NAN; buffer.len()];
@@ -422,7 +470,19 @@ impl Workspace {
             let poison = vec![bf16::NAN; buffer.len()];
             device.upload(buffer, &poison)?;
         }
+        let poison = vec![u64::MAX; best.len()];
+        device.upload(best, &poison)?;
+        let poison = vec![u32::MAX; chosen.len()];
+        device.upload(chosen, &poison)?;
         Ok(())
+    }
+
+    /// The tokens \[R\] that the last [`Model::forward_greedy`] with `rows` = R logits rows chose.
+    ///
+    /// # Errors
+    /// More rows than the workspace has.
+    pub fn chosen(&self, rows: usize) -> Result<Slice<'_, u32>, DeviceError> {
+        self.chosen.slice(..rows)
     }
 
     /// The logits \[R, V\] of the last step with `rows` = R logits rows.

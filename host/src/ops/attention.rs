@@ -62,6 +62,15 @@ pub struct Pages<'a> {
     pub values: Slice<'a, bf16>,
 }
 
+/// One layer's pages, to write.
+#[derive(Debug)]
+pub struct PagesMut<'a> {
+    /// Keys.
+    pub keys: SliceMut<'a, bf16>,
+    /// Values.
+    pub values: SliceMut<'a, bf16>,
+}
+
 /// Rotates queries and keys of each row of `qkv` \[T, (H + 2 G) D\] in place by its position's angles; `table` is
 /// \[positions, D / 2, 2\].
 ///

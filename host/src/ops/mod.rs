@@ -7,13 +7,15 @@
 mod attention;
 mod differing;
 mod elementwise;
+mod few;
 mod linear;
 mod rows;
 mod sampling;
 
-pub use attention::{HeadShape, Pages, attention_decode, attention_prefill, kv_write, partials_len, rotary};
+pub use attention::{HeadShape, Pages, PagesMut, attention_decode, attention_prefill, kv_write, partials_len, rotary};
 pub use differing::{Comparable, differing};
 pub use elementwise::{bias_add, residual_add, silu_mul};
+pub use few::{FEW, Norm, Places, best_len, few_fits, few_gate_up, few_logits, few_qkv, few_residual, few_residual_in};
 pub use kernels_gpu::kv_write::PAGE;
 pub use kernels_gpu::rotary::Pairing;
 pub use linear::{LinearTarget, linear, linear_kernel, linear_plain};

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::Line;
 use super::rehearsal::{
-    Answer, LONGEST, Running, TokenBits, WATCHED_PROMPT, alone, collect, others, request, roomy, together, tokens,
+    LONGEST, Running, TokenBits, WATCHED_PROMPT, alone, collect, others, request, roomy, together, tokens,
     watched_greedy, watched_sampled,
 };
 use crate::device::DeviceError;
@@ -132,6 +132,7 @@ pub(super) fn check(model: &Arc<Model>, size: Size, report: &mut dyn FnMut(Line)
     warm_cache(model, &watched.requests[1], report)?;
     report(preemption(model)?);
     report(log_probabilities(model, &watched)?);
+    report(plain(model)?);
     report(poison(model, &known)?);
     report(page_tables(model, &known)?);
     report(two_engines(model, &known)?);
@@ -267,20 +268,38 @@ fn log_probabilities(model: &Arc<Model>, watched: &Known) -> Result<Line, Device
             asking.iter().map(|&logprobs| Request { logprobs, ..request.clone() }).chain(others(model, 3)).collect();
         let (answers, _) = together(model, roomy(model, &requests), &requests, 8)?;
         for (answer, asked) in answers.iter().zip(asking) {
-            tally.compare(&reported(&most, asked), &answer.tokens);
+            tally.compare(&reported(&most.tokens, asked), &answer.tokens);
         }
     }
     Ok(tally.line("log-probabilities asked for (0, 3, 20) = not"))
 }
 
+/// Steps in which everybody wants the likeliest token and nothing else, which may be computed without logits.
+fn plain(model: &Arc<Model>) -> Result<Line, DeviceError> {
+    let greedy = Sampling { temperature: 0.0, ..Sampling::default() };
+    let requests =
+        (0..12).map(|index| request(tokens(model, 10 + 13 * index, 70 + index as u64), 20, greedy.clone(), Some(0)));
+    let known = Known::of(model, requests.collect())?;
+    let mut tally = Tally::default();
+    for count in [1, 2, 8, 12] {
+        let running = Running::new(model, roomy(model, &known.requests[..count]))?;
+        let submit = |request: &Request| running.submit(&Request { logprobs: None, ..request.clone() });
+        let receivers = known.requests[..count].iter().map(submit).collect::<Result<Vec<_>, _>>()?;
+        for (events, expected) in receivers.iter().zip(&known.answers) {
+            tally.compare(&reported(expected, None), &collect(events)?.tokens);
+        }
+    }
+    Ok(tally.line("greedy without log-probabilities, 1 to 12 at once = alone with"))
+}
+
 /// What is left of an answer for somebody who asked for less.
-fn reported(answer: &Answer, asked: Option<u32>) -> Vec<TokenBits> {
+fn reported(answer: &[TokenBits], asked: Option<u32>) -> Vec<TokenBits> {
     let less = |token: &TokenBits| TokenBits {
         id: token.id,
         logprob: asked.and(token.logprob),
         top: token.top.iter().copied().take(asked.unwrap_or(0) as usize).collect(),
     };
-    answer.tokens.iter().map(less).collect()
+    answer.iter().map(less).collect()
 }
 
 fn poison(model: &Arc<Model>, known: &Known) -> Result<Line, DeviceError> {

@@ -315,7 +315,8 @@ mod ptx {
         };
     }
 
-    load_function!(load_read_only, ".nc", [pure, readonly]);
+    // Not `.nc`: with programmatic dependent launch, an earlier kernel may still write the buffer when this one starts.
+    load_function!(load_read_only, "", [pure, readonly]);
     load_function!(load_coherent, "", [readonly]);
     load_function!(load_streaming, ".nc.L1::no_allocate", [pure, readonly]);
 

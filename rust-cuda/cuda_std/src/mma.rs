@@ -1,4 +1,11 @@
-//! Tensor-core products.
+//! Tensor-core products, and their operands from shared memory.
+//!
+//! A tile in shared memory has its rows `stride` elements apart. The reads are without bank conflicts where 16-byte
+//! pieces of 8 consecutive rows lie in different banks: a stride of 16 modulo 128 bytes does that.
+
+use half::bf16;
+
+use crate::Shared;
 
 /// One `mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32`: D = A B + C for the whole warp.
 ///
@@ -32,4 +39,84 @@ pub fn m16n8k16_bf16(a: [u32; 4], b: [u32; 2], c: [f32; 4]) -> [f32; 4] {
     }
     #[cfg(not(target_arch = "nvptx64"))]
     crate::cpu::mma_m16n8k16_bf16(a, b, c)
+}
+
+/// The 16 x 16 operand A (see [`m16n8k16_bf16`]) of rows `start`, `start + stride`, ...: one `ldmatrix.x4` for the
+/// whole warp. `start` and `stride` are multiples of 8 elements and the same in all lanes.
+#[inline(always)]
+#[must_use]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub fn load_a(tile: &Shared<bf16>, start: usize, stride: usize) -> [u32; 4] {
+    let lane = crate::thread::lane_id() as usize;
+    #[cfg(target_arch = "nvptx64")]
+    {
+        ldmatrix(tile.address_of(start + lane % 16 * stride + lane / 16 * 8))
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        let at = start + lane / 4 * stride + lane % 4 * 2;
+        [pair(tile, at), pair(tile, at + 8 * stride), pair(tile, at + 8), pair(tile, at + 8 * stride + 8)]
+    }
+}
+
+/// Two 16 x 8 operands B that lie side by side: columns 0 to 7 and 8 to 15, of which each is a row of the tile (`start`,
+/// `start + stride`, ...) with k running along it. One `ldmatrix.x4`, as [`load_a`].
+#[inline(always)]
+#[must_use]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub fn load_b_columns(tile: &Shared<bf16>, start: usize, stride: usize) -> [[u32; 2]; 2] {
+    let lane = crate::thread::lane_id() as usize;
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let row = lane % 8 + lane / 16 * 8;
+        let [a, b, c, d] = ldmatrix(tile.address_of(start + row * stride + lane / 8 % 2 * 8));
+        [[a, b], [c, d]]
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        let at = start + lane / 4 * stride + lane % 4 * 2;
+        [[pair(tile, at), pair(tile, at + 8)], [pair(tile, at + 8 * stride), pair(tile, at + 8 * stride + 8)]]
+    }
+}
+
+/// Two 16 x 8 operands B that follow each other in k: rows 0 to 15 and 16 to 31 of the same 8 columns, each of which is a
+/// row of the tile. One `ldmatrix.x4`, as [`load_a`].
+#[inline(always)]
+#[must_use]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub fn load_b_steps(tile: &Shared<bf16>, start: usize, stride: usize) -> [[u32; 2]; 2] {
+    let lane = crate::thread::lane_id() as usize;
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let [a, b, c, d] = ldmatrix(tile.address_of(start + lane % 8 * stride + lane / 8 * 8));
+        [[a, b], [c, d]]
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        let at = start + lane / 4 * stride + lane % 4 * 2;
+        [[pair(tile, at), pair(tile, at + 8)], [pair(tile, at + 16), pair(tile, at + 24)]]
+    }
+}
+
+/// Four 8 x 8 tiles: lane l has the address of row l % 8 of tile l / 8.
+#[cfg(target_arch = "nvptx64")]
+#[inline(always)]
+fn ldmatrix(address: u32) -> [u32; 4] {
+    let (a, b, c, d): (u32, u32, u32, u32);
+    // SAFETY: all 32 lanes take part; the addresses are inside the array, as the executor checks.
+    unsafe {
+        core::arch::asm!(
+            "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{{0}, {1}, {2}, {3}}}, [{4}];",
+            out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg32) address, options(nostack));
+    }
+    [a, b, c, d]
+}
+
+/// Two neighbours as an operand's word. On the CPU each lane reads its own share: the same words, and the same bytes of
+/// the tile in all.
+#[cfg(not(target_arch = "nvptx64"))]
+#[track_caller]
+fn pair(tile: &Shared<bf16>, index: usize) -> u32 {
+    let [low, high]: [bf16; 2] = tile.load(index);
+    u32::from(low.to_bits()) | (u32::from(high.to_bits()) << 16)
 }

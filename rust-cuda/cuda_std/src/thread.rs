@@ -95,3 +95,28 @@ pub fn sync_threads() {
     #[cfg(not(target_arch = "nvptx64"))]
     crate::cpu::sync_threads();
 }
+
+/// Waits until the kernels that this one was launched behind have ended and their writes are visible.
+///
+/// A kernel that is launched with programmatic dependent launch starts while its predecessor still runs: before this call it
+/// may only touch memory that no earlier kernel of the stream writes. Where the launch has no such attribute, where the GPU
+/// does not know it, and on the CPU, it does nothing.
+#[inline(always)]
+pub fn wait_for_predecessors() {
+    #[cfg(all(target_arch = "nvptx64", target_feature = "sm_90"))]
+    // SAFETY: no operands; the default memory clobber keeps later accesses behind it.
+    unsafe {
+        core::arch::asm!("griddepcontrol.wait;", options(nostack));
+    }
+}
+
+/// Allows the kernel launched behind this one to start as soon as every block of this one has called this or ended, while
+/// they still run. The successor waits with [`wait_for_predecessors`] before it reads what this one writes.
+#[inline(always)]
+pub fn allow_successor() {
+    #[cfg(all(target_arch = "nvptx64", target_feature = "sm_90"))]
+    // SAFETY: no operands; touches no memory of ours.
+    unsafe {
+        core::arch::asm!("griddepcontrol.launch_dependents;", options(nostack));
+    }
+}

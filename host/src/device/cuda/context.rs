@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::ThreadId;
 
 use cudarc::driver::sys::{self, CUdevice_attribute_enum as Attribute, CUresult};
 
@@ -14,6 +15,9 @@ pub(super) struct Context {
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
+    /// The thread that records, and the stream it records on.
+    recording: Mutex<Option<(ThreadId, sys::CUstream)>>,
+    is_recording: AtomicBool,
     ordinal: i32,
     name: String,
     capability: u32,
@@ -163,6 +167,8 @@ impl Context {
             device,
             context,
             stream,
+            recording: Mutex::new(None),
+            is_recording: AtomicBool::new(false),
             ordinal,
             name,
             capability: major * 10 + minor,
@@ -205,8 +211,27 @@ impl Context {
         self.total_bytes
     }
 
+    /// The stream that the calling thread's work goes to: the device's one stream, or the one it records on.
     pub(super) fn stream(&self) -> sys::CUstream {
+        if self.is_recording.load(Ordering::Acquire)
+            && let Some((thread, stream)) = *self.recording.lock().unwrap_or_else(PoisonError::into_inner)
+            && thread == std::thread::current().id()
+        {
+            return stream;
+        }
         self.stream
+    }
+
+    /// From now on the calling thread's work goes to `stream`, or again to the device's.
+    pub(super) fn record_on(&self, stream: Option<sys::CUstream>) {
+        let mut recording = self.recording.lock().unwrap_or_else(PoisonError::into_inner);
+        *recording = stream.map(|stream| (std::thread::current().id(), stream));
+        self.is_recording.store(recording.is_some(), Ordering::Release);
+    }
+
+    /// Counts up whenever memory is freed: what was recorded before may name it.
+    pub(super) fn frees_so_far(&self) -> u64 {
+        self.tracker.forgotten()
     }
 
     pub(super) fn tracker(&self) -> &MemoryTracker {

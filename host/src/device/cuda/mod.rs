@@ -9,6 +9,7 @@
 //! | `memory` | allocations, copies, the residency check |
 //! | `module` | loading kernels, launching them |
 //! | `linear` | cuBLASLt |
+//! | `recording` | CUDA graphs |
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,11 +31,13 @@ use context::Context;
 use linear::{CublasLt, Multiply};
 use memory::Staging;
 use module::Module;
+pub(super) use recording::Graph;
 
 mod context;
 mod linear;
 mod memory;
 mod module;
+mod recording;
 #[cfg(test)]
 mod tests;
 
@@ -144,6 +147,15 @@ impl Cuda {
 
     pub(super) fn launch(&self, launch: &Launch<'_>, grid: Grid) -> Result<(), DeviceError> {
         self.module.launch(launch, grid)
+    }
+
+    /// What `work` launches, without running it. `None` where the driver cannot record it.
+    pub(super) fn record(&self, work: impl FnOnce() -> Result<(), DeviceError>) -> Result<Option<Graph>, DeviceError> {
+        Graph::record(&self.context, work)
+    }
+
+    pub(super) fn shared_bytes_per_block(&self) -> u32 {
+        self.context.shared_bytes_per_block()
     }
 
     pub(super) fn linear<O: LinearOutput>(

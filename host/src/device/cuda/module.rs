@@ -9,7 +9,7 @@ use cuda_std::launch::{Arg, Grid, KernelDesc, Launch, MAX_PARAMS};
 use cudarc::driver::sys::{self, CUfunction_attribute_enum as FunctionAttribute, CUjit_option_enum as JitOption};
 
 use super::context::Context;
-use crate::device::ptx::{check, only};
+use crate::device::ptx::{check, only, waiting_entries};
 use crate::device::{DeviceError, KernelImage, KernelImages};
 
 /// The kernels of one image.
@@ -28,6 +28,8 @@ unsafe impl Sync for Module {}
 struct Function {
     handle: sys::CUfunction,
     static_shared_bytes: u32,
+    /// It waits for its predecessors itself: launched while they still run.
+    overlaps: bool,
     /// Whether more than [`SHARED_BYTES_ALWAYS`] has been asked for.
     large_shared: AtomicBool,
 }
@@ -74,14 +76,15 @@ impl Module {
             &format!("the driver refuses the kernels for {} (a newer driver may take them): {text}", image.name()),
         )?;
         let mut this = Self { module, image: image.name(), functions: HashMap::new(), context: Arc::clone(context) };
+        let waiting = waiting_entries(image.ptx);
         for kernel in kernels {
-            let function = this.function(kernel)?;
+            let function = this.function(kernel, waiting.contains(kernel.name))?;
             this.functions.insert(kernel.name, function);
         }
         Ok(this)
     }
 
-    fn function(&self, kernel: &KernelDesc) -> Result<Function, DeviceError> {
+    fn function(&self, kernel: &KernelDesc, overlaps: bool) -> Result<Function, DeviceError> {
         let name = CString::new(kernel.name)
             .map_err(|_| DeviceError::ModelLoadFailed(format!("{:?} is no kernel name", kernel.name)))?;
         let mut handle = std::ptr::null_mut();
@@ -106,7 +109,7 @@ impl Module {
                 self.context.name()
             )));
         }
-        Ok(Function { handle, static_shared_bytes, large_shared: AtomicBool::new(false) })
+        Ok(Function { handle, static_shared_bytes, overlaps, large_shared: AtomicBool::new(false) })
     }
 
     pub(super) fn image(&self) -> &str {
@@ -150,23 +153,28 @@ impl Module {
             // SAFETY: `count` words are in use.
             *pointer = unsafe { base.add(index) }.cast();
         }
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: kernel.block,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: grid.dynamic_shared_bytes,
+            hStream: self.context.stream(),
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(function.overlaps),
+        };
         // SAFETY: the pointers are as many as the entry has parameters, of the sizes that `check` compared at load and
-        // `check_arguments` at this call; the driver copies them before it returns; the buffers are borrowed by the
-        // launch, and freeing them waits for the stream.
+        // `check_arguments` at this call; the driver copies them, and the configuration, before it returns; the buffers
+        // are borrowed by the launch, and freeing them waits for the stream.
         let result = unsafe {
-            sys::cuLaunchKernel(
-                function.handle,
-                x,
-                y,
-                z,
-                kernel.block,
-                1,
-                1,
-                grid.dynamic_shared_bytes,
-                self.context.stream(),
-                pointers.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
+            sys::cuLaunchKernelEx(&raw const config, function.handle, pointers.as_mut_ptr(), std::ptr::null_mut())
         };
         self.context.check(result, DeviceError::KernelLaunchFailed, kernel.name)
     }

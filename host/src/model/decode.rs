@@ -1,0 +1,257 @@
+//! Steps in which every row is one new token of its sequence. On a GPU such a step is recorded once for each bucket of rows and
+//! contexts and then started as a whole; for few rows its layers are fused. None of this changes a bit.
+
+use std::collections::VecDeque;
+
+use super::load::Layer;
+use super::transformer::{Model, Step, Workspace};
+use super::KvCache;
+use crate::device::{DeviceError, Recording};
+use crate::ops::{self, FEW, Norm, PAGE, PagesMut, Pairing, Places};
+
+/// What a step leaves behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wanted {
+    /// Logits.
+    Logits,
+    /// The likeliest token of each row.
+    Tokens,
+}
+
+/// What a recording is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Bucket {
+    /// Rows, padding included.
+    rows: usize,
+    /// Spans of the longest context.
+    spans: usize,
+    wanted: Wanted,
+    /// The cache's memory: a recording has its addresses in it.
+    cache: u64,
+}
+
+/// The recordings of a workspace, the most recently used last.
+#[derive(Debug, Default)]
+pub(super) struct Recordings(VecDeque<(Bucket, Recording)>);
+
+/// How many recordings are kept. One is about a hundred launches; buckets in use at a time are few.
+const RECORDINGS: usize = 128;
+
+impl Recordings {
+    fn take(&mut self, bucket: Bucket) -> Recording {
+        let place = self.0.iter().rposition(|(key, _)| *key == bucket);
+        place.and_then(|place| self.0.remove(place)).map(|(_, recording)| recording).unwrap_or_default()
+    }
+
+    fn put(&mut self, bucket: Bucket, recording: Recording) {
+        if self.0.len() == RECORDINGS {
+            self.0.pop_front();
+        }
+        self.0.push_back((bucket, recording));
+    }
+}
+
+/// Rows of the bucket that `rows` rows fall into.
+fn bucket_rows(rows: usize) -> usize {
+    match rows {
+        0..=FEW => rows.next_power_of_two(),
+        9..=64 => rows.next_multiple_of(8),
+        65..=128 => rows.next_multiple_of(16),
+        _ => rows.next_multiple_of(32),
+    }
+}
+
+impl Model {
+    /// The bucket of a step, if it can be computed as one of these.
+    fn bucket(&self, step: &Step<'_>, cache: &KvCache, workspace: &Workspace, wanted: Wanted) -> Option<Bucket> {
+        let limits = workspace.limits();
+        let count = step.tokens.len();
+        let all_wanted = step.logits_rows.iter().copied().eq(0..count as u32);
+        if !self.device().is_cuda() || !step.prefills.is_empty() || !all_wanted {
+            return None;
+        }
+        let longest = step.positions.iter().max().map_or(1, |&position| position as usize + 1);
+        let most_spans = self.context_tokens().div_ceil(PAGE);
+        let spans = longest.div_ceil(PAGE).next_power_of_two().clamp(4, most_spans.max(4));
+        let rows = bucket_rows(count).min(limits.decode_rows).min(limits.logits_rows);
+        let fits = rows >= count && ops::partials_len(self.heads(), rows, spans) <= workspace.partials.len();
+        fits.then(|| Bucket { rows, spans, wanted, cache: cache.identity() })
+    }
+
+    /// Computes a checked step, where it is one of these. False where it is not.
+    pub(super) fn decode(
+        &self,
+        step: &Step<'_>,
+        cache: &mut KvCache,
+        workspace: &mut Workspace,
+        wanted: Wanted,
+    ) -> Result<bool, DeviceError> {
+        let Some(bucket) = self.bucket(step, cache, workspace, wanted) else { return Ok(false) };
+        let padding = bucket.rows - step.tokens.len();
+        let staging = &mut workspace.staging;
+        staging.clear();
+        for (part, pad) in [(step.tokens, 0), (step.positions, u32::MAX), (step.row_tables, 0)] {
+            staging.extend_from_slice(part);
+            staging.extend(std::iter::repeat_n(pad, padding));
+        }
+        staging.extend_from_slice(step.page_tables);
+        self.device().upload(workspace.indices.slice_mut(..staging.len())?, staging)?;
+
+        let mut recording = workspace.recordings.take(bucket);
+        let outcome = self.device().replay(&mut recording, &mut || {
+            if bucket.rows <= FEW && self.few_fits {
+                self.decode_few(bucket, cache, workspace)
+            } else {
+                self.decode_many(bucket, cache, workspace)
+            }
+        });
+        workspace.recordings.put(bucket, recording);
+        outcome.map(|()| true)
+    }
+
+    /// The launches of a step of few rows.
+    fn decode_few(&self, bucket: Bucket, cache: &mut KvCache, workspace: &mut Workspace) -> Result<(), DeviceError> {
+        let (config, heads, device) = (self.config(), self.heads(), self.device());
+        let Bucket { rows, spans, .. } = bucket;
+        let tokens = workspace.indices.slice(..rows)?;
+        let places = Places {
+            positions: workspace.indices.slice(rows..2 * rows)?,
+            row_tables: workspace.indices.slice(2 * rows..3 * rows)?,
+            page_tables: workspace.indices.slice(3 * rows..)?,
+        };
+        let mut residual = workspace.residual.slice_mut(..rows * config.hidden)?;
+        let mut qkv = workspace.qkv.slice_mut(..rows * heads.qkv_width())?;
+        let mut attended = workspace.attended.slice_mut(..rows * heads.query_width())?;
+        let mut gated = workspace.gated.slice_mut(..rows * config.ffn)?;
+        let eps = config.rms_norm_eps;
+        let rope_table = self.rope_table.as_slice();
+
+        ops::embedding(device, &tokens, &self.parameters.embedding.rows()?.as_slice(), &mut residual, config.hidden)?;
+        for (index, layer) in self.parameters.layers.iter().enumerate() {
+            let norm = Norm { gain: layer.input_norm.as_slice(), eps };
+            let bias = layer.qkv_bias.as_ref().map(|bias| bias.as_slice());
+            let (keys, values) = cache.pages_mut(index);
+            let mut pages = PagesMut { keys: keys.as_slice_mut(), values: values.as_slice_mut() };
+            ops::few_qkv(
+                device,
+                &residual.as_slice(),
+                norm,
+                &layer.qkv,
+                bias.as_ref(),
+                &rope_table,
+                places,
+                &mut qkv,
+                &mut pages,
+                heads,
+            )?;
+            ops::attention_decode(
+                device,
+                &qkv.as_slice(),
+                cache.pages(index),
+                &places.positions,
+                &places.row_tables,
+                &places.page_tables,
+                &mut workspace.partials.as_slice_mut(),
+                &mut attended,
+                heads,
+                spans * PAGE,
+            )?;
+            ops::few_residual(device, &attended.as_slice(), &layer.output, &mut residual)?;
+            let norm = Norm { gain: layer.post_norm.as_slice(), eps };
+            ops::few_gate_up(device, &residual.as_slice(), norm, &layer.gate_up, &mut gated)?;
+            ops::few_residual(device, &gated.as_slice(), &layer.down, &mut residual)?;
+        }
+        let wanted = if bucket.wanted == Wanted::Logits { rows * config.vocab } else { 0 };
+        ops::few_logits(
+            device,
+            &residual.as_slice(),
+            Norm { gain: self.parameters.final_norm.as_slice(), eps },
+            self.head(),
+            &mut workspace.logits.slice_mut(..wanted)?,
+            &mut workspace.best.as_slice_mut(),
+            &mut workspace.chosen.slice_mut(..rows)?,
+        )
+    }
+
+    /// The launches of a step of more rows: the separate operations.
+    fn decode_many(&self, bucket: Bucket, cache: &mut KvCache, workspace: &mut Workspace) -> Result<(), DeviceError> {
+        let (config, heads, device) = (self.config(), self.heads(), self.device());
+        let Bucket { rows, spans, .. } = bucket;
+        let tokens = workspace.indices.slice(..rows)?;
+        let positions = workspace.indices.slice(rows..2 * rows)?;
+        let row_tables = workspace.indices.slice(2 * rows..3 * rows)?;
+        let page_tables = workspace.indices.slice(3 * rows..)?;
+        let mut residual = workspace.residual.slice_mut(..rows * config.hidden)?;
+        let mut normed = workspace.normed.slice_mut(..rows * config.hidden)?;
+        let mut qkv = workspace.qkv.slice_mut(..rows * heads.qkv_width())?;
+        let mut attended = workspace.attended.slice_mut(..rows * heads.query_width())?;
+        let mut delta = workspace.delta.slice_mut(..rows * config.hidden)?;
+        let mut gate_up = workspace.gate_up.slice_mut(..rows * 2 * config.ffn)?;
+        let mut gated = workspace.gated.slice_mut(..rows * config.ffn)?;
+        let eps = config.rms_norm_eps;
+
+        ops::embedding(device, &tokens, &self.parameters.embedding.rows()?.as_slice(), &mut residual, config.hidden)?;
+        for (index, layer) in self.parameters.layers.iter().enumerate() {
+            let Layer { input_norm, qkv: qkv_weight, qkv_bias, output, post_norm, gate_up: gate_up_weight, down } =
+                layer;
+            ops::rms_norm(device, &residual.as_slice(), &input_norm.as_slice(), &mut normed, eps)?;
+            ops::linear(device, &normed.as_slice(), qkv_weight, &mut qkv)?;
+            if let Some(bias) = qkv_bias {
+                ops::bias_add(device, &mut qkv, &bias.as_slice())?;
+            }
+            ops::rotary(device, &mut qkv, &positions, &self.rope_table.as_slice(), heads, Pairing::Halves)?;
+            let (keys, values) = cache.pages_mut(index);
+            ops::kv_write(
+                device,
+                &qkv.as_slice(),
+                &positions,
+                &row_tables,
+                &page_tables,
+                &mut keys.as_slice_mut(),
+                &mut values.as_slice_mut(),
+                heads,
+            )?;
+            ops::attention_decode(
+                device,
+                &qkv.as_slice(),
+                cache.pages(index),
+                &positions,
+                &row_tables,
+                &page_tables,
+                &mut workspace.partials.as_slice_mut(),
+                &mut attended,
+                heads,
+                spans * PAGE,
+            )?;
+            ops::linear(device, &attended.as_slice(), output, &mut delta)?;
+            ops::residual_add(device, &mut residual, &delta.as_slice())?;
+            ops::rms_norm(device, &residual.as_slice(), &post_norm.as_slice(), &mut normed, eps)?;
+            ops::linear(device, &normed.as_slice(), gate_up_weight, &mut gate_up)?;
+            ops::silu_mul(device, &gate_up.as_slice(), &mut gated, config.ffn)?;
+            ops::linear(device, &gated.as_slice(), down, &mut delta)?;
+            ops::residual_add(device, &mut residual, &delta.as_slice())?;
+        }
+        let mut normed = workspace.head_normed.slice_mut(..rows * config.hidden)?;
+        let mut logits = workspace.logits.slice_mut(..rows * config.vocab)?;
+        ops::rms_norm(device, &residual.as_slice(), &self.parameters.final_norm.as_slice(), &mut normed, eps)?;
+        ops::linear(device, &normed.as_slice(), self.head(), &mut logits)?;
+        if bucket.wanted == Wanted::Tokens {
+            ops::argmax(device, &logits.as_slice(), &mut workspace.chosen.slice_mut(..rows)?)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buckets_hold_their_rows_and_waste_little() {
+        for rows in 1..=256 {
+            let bucket = bucket_rows(rows);
+            assert!(bucket >= rows && bucket_rows(bucket) == bucket, "{rows}: {bucket}");
+            assert!(bucket < 2 * rows, "{rows}: {bucket}");
+        }
+    }
+}

@@ -1,0 +1,568 @@
+//! Linear layers of few tokens (at most [`FEW`]), fused with what stands before and after them: a decode step of a small
+//! batch, which is bound by reading each weight once.
+//!
+//! The bits are those of the separate operations: the same k16 chain as [`crate::linear`], the same reduction tree as
+//! [`crate::rms_norm`], the same arithmetic and rounding around them. Only where values wait between the operations differs
+//! (in registers and shared memory instead of device memory).
+//!
+//! A warp owns strips of 16 outputs and streams their weights through a ring in shared memory with asynchronous copies.
+//! Weights depend on no other kernel, so the ring is filled before the kernel waits for its predecessors: with programmatic
+//! dependent launch, memory never rests between two layers.
+
+use cuda_std::prelude::*;
+use cuda_std::{cp_async, shared};
+
+use crate::kv_write::PAGE;
+use crate::rank;
+use crate::rms_norm::REDUCTION_LANES;
+use crate::silu_mul::gated;
+
+/// Most tokens: the columns of one tensor-core product.
+pub const FEW: usize = 8;
+
+/// Inputs (k) of a stage of the ring: 128 bytes of a weight's row. K is a multiple of it.
+pub const STAGE: usize = 64;
+
+/// Elements after each row in shared memory: 16 bytes put the eight rows that a fragment reads into different banks.
+const PAD: usize = 8;
+
+/// Elements of a row of a stage.
+const ROW: usize = STAGE + PAD;
+
+/// Bytes of shared memory in front of the rings: a row of bf16 for each token.
+#[must_use]
+pub const fn input_bytes(tokens: usize, width: usize) -> usize {
+    (tokens * (width + PAD) * 2).next_multiple_of(128)
+}
+
+/// Bytes of the rings of a block.
+#[must_use]
+pub const fn ring_bytes(warps: usize, tiles: usize, depth: usize) -> usize {
+    warps * depth * tiles * 16 * ROW * 2
+}
+
+/// Warps of a block of [`few_qkv()`] and of [`few_gate_up()`].
+pub const PAIR_WARPS: usize = 2;
+/// Stages of the ring of [`few_qkv()`].
+pub const QKV_DEPTH: usize = 14;
+/// Stages of the ring of [`few_gate_up()`].
+pub const GATE_UP_DEPTH: usize = 8;
+/// Stages of the ring of [`few_residual_1()`] and of [`few_residual_2()`].
+pub const RESIDUAL_DEPTH: usize = 14;
+/// Warps of a block of [`few_logits()`].
+pub const LOGITS_WARPS: usize = 4;
+/// Stages of the ring of [`few_logits()`].
+pub const LOGITS_DEPTH: usize = 8;
+
+/// What a block has in shared memory: the tokens' inputs, then a ring for each warp.
+#[derive(Clone, Copy)]
+struct Arena {
+    input: Shared<bf16>,
+    ring: Shared<bf16>,
+}
+
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+fn arena(tokens: usize, width: usize, warps: usize, tiles: usize, depth: usize) -> Arena {
+    let start = input_bytes(tokens, width);
+    Arena {
+        input: shared::dynamic(0, tokens * (width + PAD)),
+        ring: shared::dynamic(start, ring_bytes(warps, tiles, depth) / 2),
+    }
+}
+
+/// The strips of a warp: `first`, `first + step`, ... below `end`.
+#[derive(Clone, Copy)]
+struct Strips {
+    first: usize,
+    step: usize,
+    end: usize,
+}
+
+/// The segment of k that a warp computes.
+#[derive(Clone, Copy)]
+struct Segment {
+    first: usize,
+    width: usize,
+}
+
+/// The chains of a warp's strips. `TILES` tiles of 16 outputs make a strip; `first_row(strip, tile)` is a tile's first row of
+/// the weight (rows beyond the last repeat it). `inputs` waits for the predecessors and fills `arena.input`, for the whole
+/// block, while the ring fills. `finish` gets each strip's sums, in the fragment layout of a product: rows g and g + 8 of
+/// the tiles, tokens 2t and 2t + 1.
+///
+/// `PENDING` is `DEPTH` - 2, `DEPTH` the stages of the ring.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+fn chains<const TILES: usize, const DEPTH: usize, const PENDING: usize>(
+    weight: In<bf16>,
+    arena: Arena,
+    tokens: usize,
+    width: usize,
+    segment: Segment,
+    strips: Strips,
+    first_row: impl Fn(usize, usize) -> usize,
+    inputs: impl FnOnce(),
+    mut finish: impl FnMut(usize, [[f32; 4]; TILES]),
+) {
+    const { assert!(PENDING + 2 == DEPTH) };
+    let lane = thread::lane_id() as usize;
+    let (g, t) = (lane / 4, lane % 4);
+    let ring_start = thread::warp_id() as usize * DEPTH * TILES * 16 * ROW;
+    let last_row = weight.len() / width - 1;
+    let segment_end = segment.first + segment.width;
+
+    let issue = |strip: usize, k: usize, slot: usize| {
+        for tile in 0..TILES {
+            let row_start = first_row(strip, tile);
+            for part in 0..4 {
+                let (row, column) = (part * 4 + lane / 8, lane % 8 * 8);
+                let from = if row_start + row < last_row { row_start + row } else { last_row };
+                let to = ring_start + ((slot * TILES + tile) * 16 + row) * ROW + column;
+                cp_async::copy::<bf16, 8>(&arena.ring, to, &weight, from * width + k + column);
+            }
+        }
+    };
+
+    let (mut next_strip, mut next_k, mut next_slot) = (strips.first, segment.first, 0);
+    let mut issue_next = || {
+        if next_strip < strips.end {
+            issue(next_strip, next_k, next_slot);
+            next_k += STAGE;
+            if next_k == segment_end {
+                next_k = segment.first;
+                next_strip += strips.step;
+            }
+            next_slot = if next_slot + 1 == DEPTH { 0 } else { next_slot + 1 };
+        }
+        cp_async::commit_group();
+    };
+    for _ in 0..DEPTH - 1 {
+        issue_next();
+    }
+    thread::allow_successor();
+    inputs();
+
+    let token = if g < tokens { g } else { tokens - 1 };
+    let input_row = token * (width + PAD) + t * 2;
+    let pair = |index: usize| {
+        let [low, high]: [bf16; 2] = arena.input.load(index);
+        u32::from(low.to_bits()) | (u32::from(high.to_bits()) << 16)
+    };
+    let mut slot = 0;
+    let mut strip = strips.first;
+    while strip < strips.end {
+        let mut sums = [[0.0f32; 4]; TILES];
+        let mut k = segment.first;
+        while k < segment_end {
+            cp_async::wait_group::<PENDING>();
+            // The stage has landed for all lanes, and all have left the slot that is filled next.
+            warp::sync_warp();
+            issue_next();
+            let stage = ring_start + slot * TILES * 16 * ROW;
+            for step in 0..STAGE / 16 {
+                let at = input_row + k + step * 16;
+                let b = [pair(at), pair(at + 8)];
+                for tile in 0..TILES {
+                    let a = mma::load_a(&arena.ring, stage + tile * 16 * ROW + step * 16, ROW);
+                    sums[tile] = mma::m16n8k16_bf16(a, b, sums[tile]);
+                }
+            }
+            slot = if slot + 1 == DEPTH { 0 } else { slot + 1 };
+            k += STAGE;
+        }
+        finish(strip, sums);
+        strip += strips.step;
+    }
+}
+
+/// Waits for the predecessors and puts the normalised rows into shared memory: the arithmetic of [`crate::rms_norm`], a
+/// row per warp, each lane in the place of four of its reduction's lanes.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+fn normalised(input: &Shared<bf16>, x: In<f32>, gain: In<bf16>, tokens: usize, width: usize, eps: f32) {
+    const PARTS: usize = REDUCTION_LANES / 32;
+    let (lane, warps) = (thread::lane_id() as usize, (thread::block_dim_x() / 32) as usize);
+    thread::wait_for_predecessors();
+    let mut token = thread::warp_id() as usize;
+    while token < tokens {
+        let row = token * width;
+        let mut sums = [0.0f32; PARTS];
+        for part in 0..PARTS {
+            let mut column = (part * 32 + lane) * 8;
+            while column < width {
+                let low: [f32; 4] = x.load(row + column);
+                let high: [f32; 4] = x.load(row + column + 4);
+                for value in low {
+                    sums[part] = math::fma(value, value, sums[part]);
+                }
+                for value in high {
+                    sums[part] = math::fma(value, value, sums[part]);
+                }
+                column += REDUCTION_LANES * 8;
+            }
+        }
+        for part in 0..PARTS {
+            sums[part] = warp::sum_f32(sums[part]);
+        }
+        let [a, b, c, d] = sums;
+        let scale = 1.0 / math::sqrt(((a + b) + (c + d)) / width as f32 + eps);
+        let mut column = lane * 8;
+        while column < width {
+            let low: [f32; 4] = x.load(row + column);
+            let high: [f32; 4] = x.load(row + column + 4);
+            let gain: [bf16; 8] = gain.load(column);
+            let normed = |index: usize, value: f32| f32_to_bf16(value * scale * bf16_to_f32(gain[index]));
+            input.store(
+                token * (width + PAD) + column,
+                [
+                    normed(0, low[0]),
+                    normed(1, low[1]),
+                    normed(2, low[2]),
+                    normed(3, low[3]),
+                    normed(4, high[0]),
+                    normed(5, high[1]),
+                    normed(6, high[2]),
+                    normed(7, high[3]),
+                ],
+            );
+            column += 32 * 8;
+        }
+        token += warps;
+    }
+    thread::sync_threads();
+}
+
+/// Waits for the predecessors and copies the rows of `x` into shared memory.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+fn copied(input: &Shared<bf16>, x: In<bf16>, tokens: usize, width: usize) {
+    let threads = thread::block_dim_x() as usize;
+    thread::wait_for_predecessors();
+    for token in 0..tokens {
+        let mut column = thread::thread_idx_x() as usize * 8;
+        while column < width {
+            cp_async::copy::<bf16, 8>(input, token * (width + PAD) + column, &x, token * width + column);
+            column += threads * 8;
+        }
+    }
+    cp_async::commit_group();
+    cp_async::wait_group::<0>();
+    thread::sync_threads();
+}
+
+/// RMSNorm, the query, key and value layer, bias, rotary embedding (pairs i and i + D/2), and the KV cache's new entries.
+///
+/// - `residual`: f32 \[T, C\]; `gain`: bf16 \[C\]; `weight`: bf16 \[(H + 2 G) D, C\]; `bias`: bf16 \[(H + 2 G) D\] or empty;
+///   `table`: f32 \[positions, D/2, 2\]; `queries`: f32 \[T, (H + 2 G) D\], of which the query columns are written; pages as in
+///   [`crate::kv_write`].
+/// - grid: ceil((H + 2 G) D / 64) blocks of [`PAIR_WARPS`] warps; a warp makes 16 outputs of the first half of a head and
+///   their 16 partners of the second.
+/// - bytes: 2 N C, and 4 T C for each block.
+/// - the caller: T is at most [`FEW`], C a multiple of 64, D of 32; a row whose position is `u32::MAX` stores nothing;
+///   dynamic shared memory as [`input_bytes`] and [`ring_bytes`] say.
+#[kernel(block = 64, min_blocks = 1)]
+pub fn few_qkv(
+    residual: In<f32>,
+    gain: In<bf16>,
+    weight: In<bf16>,
+    bias: In<bf16>,
+    table: In<f32>,
+    positions: In<u32>,
+    row_tables: In<u32>,
+    page_tables: In<u32>,
+    queries: Out<f32>,
+    key_pages: Out<bf16>,
+    value_pages: Out<bf16>,
+    tokens: u32,
+    width: u32,
+    heads: u32,
+    kv_heads: u32,
+    head_width: u32,
+    eps: f32,
+) {
+    let (tokens, width) = (tokens as usize, width as usize);
+    let (heads, kv_heads, head_width) = (heads as usize, kv_heads as usize, head_width as usize);
+    let (half, per_head) = (head_width / 2, head_width / 32);
+    let all_heads = heads + 2 * kv_heads;
+    let arena = arena(tokens, width, PAIR_WARPS, 2, QKV_DEPTH);
+    let (g, t) = ((thread::lane_id() / 4) as usize, (thread::lane_id() % 4) as usize);
+    chains::<2, QKV_DEPTH, { QKV_DEPTH - 2 }>(
+        weight,
+        arena,
+        tokens,
+        width,
+        Segment { first: 0, width },
+        Strips {
+            first: thread::block_idx_x() as usize * PAIR_WARPS + thread::warp_id() as usize,
+            step: all_heads * per_head,
+            end: all_heads * per_head,
+        },
+        |strip, tile| strip / per_head * head_width + tile * half + strip % per_head * 16,
+        || normalised(&arena.input, residual, gain, tokens, width, eps),
+        |strip, sums| {
+            let head = strip / per_head;
+            for element in 0..4 {
+                let (token, i) = (t * 2 + element % 2, strip % per_head * 16 + g + element / 2 * 8);
+                let position = if token < tokens { positions.get(token) } else { u32::MAX };
+                if position == u32::MAX {
+                    continue;
+                }
+                let (first, second) = (head * head_width + i, head * head_width + half + i);
+                let (mut a, mut b) = (sums[0][element], sums[1][element]);
+                if !bias.is_empty() {
+                    a += bf16_to_f32(bias.get(first));
+                    b += bf16_to_f32(bias.get(second));
+                }
+                if head < heads + kv_heads {
+                    let [cos, sin]: [f32; 2] = table.load((position as usize * half + i) * 2);
+                    (a, b) = (math::fma(a, cos, -(b * sin)), math::fma(b, cos, a * sin));
+                }
+                if head < heads {
+                    let row = token * all_heads * head_width;
+                    queries.set(row + first, a);
+                    queries.set(row + second, b);
+                    continue;
+                }
+                let page = page_tables.get(row_tables.get(token) as usize + position as usize / PAGE) as usize;
+                let slot = position as usize % PAGE;
+                let kv_head = (head - heads) % kv_heads;
+                let start = (page * kv_heads + kv_head) * PAGE * head_width;
+                if head < heads + kv_heads {
+                    key_pages.set(start + slot * head_width + i, f32_to_bf16(a));
+                    key_pages.set(start + slot * head_width + half + i, f32_to_bf16(b));
+                } else {
+                    value_pages.set(start + i * PAGE + slot, f32_to_bf16(a));
+                    value_pages.set(start + (half + i) * PAGE + slot, f32_to_bf16(b));
+                }
+            }
+        },
+    );
+}
+
+/// RMSNorm, the gate and up layer, and the gated activation.
+///
+/// - `residual`: f32 \[T, C\]; `gain`: bf16 \[C\]; `weight`: bf16 \[2 F, C\], gate then up; `out`: bf16 \[T, F\].
+/// - grid: ceil(F / 32) blocks of [`PAIR_WARPS`] warps; a warp makes 16 gates and their 16 ups.
+/// - bytes: 4 F C, and 4 T C for each block.
+/// - the caller: T is at most [`FEW`], C a multiple of 64, F of 16; dynamic shared memory as in [`few_qkv()`].
+#[kernel(block = 64, min_blocks = 1)]
+pub fn few_gate_up(
+    residual: In<f32>,
+    gain: In<bf16>,
+    weight: In<bf16>,
+    out: Out<bf16>,
+    tokens: u32,
+    width: u32,
+    ffn: u32,
+    eps: f32,
+) {
+    let (tokens, width, ffn) = (tokens as usize, width as usize, ffn as usize);
+    let arena = arena(tokens, width, PAIR_WARPS, 2, GATE_UP_DEPTH);
+    let (g, t) = ((thread::lane_id() / 4) as usize, (thread::lane_id() % 4) as usize);
+    chains::<2, GATE_UP_DEPTH, { GATE_UP_DEPTH - 2 }>(
+        weight,
+        arena,
+        tokens,
+        width,
+        Segment { first: 0, width },
+        Strips {
+            first: thread::block_idx_x() as usize * PAIR_WARPS + thread::warp_id() as usize,
+            step: ffn / 16,
+            end: ffn / 16,
+        },
+        |strip, tile| tile * ffn + strip * 16,
+        || normalised(&arena.input, residual, gain, tokens, width, eps),
+        |strip, sums| {
+            for element in 0..4 {
+                let (token, column) = (t * 2 + element % 2, strip * 16 + g + element / 2 * 8);
+                if token < tokens {
+                    let value = gated(f32_to_bf16(sums[0][element]), f32_to_bf16(sums[1][element]));
+                    out.set(token * ffn + column, f32_to_bf16(value));
+                }
+            }
+        },
+    );
+}
+
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+fn few_residual<const SEGMENTS: usize>(
+    x: In<bf16>,
+    weight: In<bf16>,
+    residual: InOut<f32>,
+    partials: Shared<f32>,
+    tokens: usize,
+    outputs: usize,
+    width: usize,
+) {
+    let arena = arena(tokens, width, SEGMENTS, 1, RESIDUAL_DEPTH);
+    let lane = thread::lane_id() as usize;
+    let (g, t) = (lane / 4, lane % 4);
+    let warp = thread::warp_id() as usize;
+    let part = width / SEGMENTS;
+    chains::<1, RESIDUAL_DEPTH, { RESIDUAL_DEPTH - 2 }>(
+        weight,
+        arena,
+        tokens,
+        width,
+        Segment { first: warp * part, width: part },
+        Strips { first: thread::block_idx_x() as usize, step: outputs, end: outputs.div_ceil(16) },
+        |strip, _| strip * 16,
+        || copied(&arena.input, x, tokens, width),
+        |strip, [mut sums]| {
+            if SEGMENTS > 1 {
+                if warp > 0 {
+                    partials.store(((warp - 1) * 32 + lane) * 4, sums);
+                }
+                thread::sync_threads();
+                if warp > 0 {
+                    return;
+                }
+                for segment in 1..SEGMENTS {
+                    let more: [f32; 4] = partials.load(((segment - 1) * 32 + lane) * 4);
+                    for element in 0..4 {
+                        sums[element] += more[element];
+                    }
+                }
+            }
+            for element in 0..4 {
+                let (token, output) = (t * 2 + element % 2, strip * 16 + g + element / 2 * 8);
+                if token < tokens && output < outputs {
+                    let index = token * outputs + output;
+                    residual.set(index, residual.get(index) + sums[element]);
+                }
+            }
+        },
+    );
+}
+
+macro_rules! residual_kernel {
+    ($name:ident, $segments:literal, $threads:tt) => {
+        /// A linear layer whose output is added to the residual stream, with K in this many segments
+        /// (see [`crate::linear`]).
+        ///
+        /// - `x`: bf16 \[T, K\]; `weight`: bf16 \[C, K\]; `residual`: f32 \[T, C\].
+        /// - grid: ceil(C / 16) blocks of a warp per segment; a block makes 16 outputs.
+        /// - bytes: 2 C K, and 2 T K for each block.
+        /// - the caller: T is at most [`FEW`], K a multiple of 64 times the segments; dynamic shared memory as in
+        ///   [`few_qkv()`].
+        #[kernel(block = $threads, min_blocks = 1)]
+        pub fn $name(x: In<bf16>, weight: In<bf16>, residual: InOut<f32>, tokens: u32, outputs: u32, width: u32) {
+            let partials = shared_array!(f32, 128 * $segments);
+            few_residual::<$segments>(
+                x,
+                weight,
+                residual,
+                partials,
+                tokens as usize,
+                outputs as usize,
+                width as usize,
+            );
+        }
+    };
+}
+residual_kernel!(few_residual_1, 1, 32);
+residual_kernel!(few_residual_2, 2, 64);
+residual_kernel!(few_residual_4, 4, 128);
+
+/// RMSNorm and the head. Logits are written where wanted, and each block's first token of the order of [`crate::rank`] in
+/// any case, for [`few_argmax()`].
+///
+/// - `residual`: f32 \[T, C\]; `gain`: bf16 \[C\]; `weight`: bf16 \[V, C\]; `logits`: f32 \[T, V\], or empty;
+///   `best`: u64 \[blocks, [`FEW`]\].
+/// - any grid of blocks of [`LOGITS_WARPS`] warps; a warp takes every so many strips of 16 outputs.
+/// - bytes: 2 V C, 4 T V if logits are wanted, and 4 T C for each block.
+/// - the caller: T is at most [`FEW`], C a multiple of 64; dynamic shared memory as in [`few_qkv()`].
+#[kernel(block = 128, min_blocks = 1)]
+pub fn few_logits(
+    residual: In<f32>,
+    gain: In<bf16>,
+    weight: In<bf16>,
+    logits: Out<f32>,
+    best: Out<u64>,
+    tokens: u32,
+    width: u32,
+    vocab: u32,
+    eps: f32,
+) {
+    let block_best = shared_array!(u64, LOGITS_WARPS * FEW);
+    let (tokens, width, vocab) = (tokens as usize, width as usize, vocab as usize);
+    let arena = arena(tokens, width, LOGITS_WARPS, 1, LOGITS_DEPTH);
+    let lane = thread::lane_id() as usize;
+    let (g, t) = (lane / 4, lane % 4);
+    let (block, warp) = (thread::block_idx_x() as usize, thread::warp_id() as usize);
+    let mut warp_best = [0u64; 2];
+    chains::<1, LOGITS_DEPTH, { LOGITS_DEPTH - 2 }>(
+        weight,
+        arena,
+        tokens,
+        width,
+        Segment { first: 0, width },
+        Strips {
+            first: block * LOGITS_WARPS + warp,
+            step: thread::grid_dim_x() as usize * LOGITS_WARPS,
+            end: vocab.div_ceil(16),
+        },
+        |strip, _| strip * 16,
+        || normalised(&arena.input, residual, gain, tokens, width, eps),
+        |strip, [sums]| {
+            for element in 0..4 {
+                let (token, id) = (t * 2 + element % 2, strip * 16 + g + element / 2 * 8);
+                if token < tokens && id < vocab {
+                    if !logits.is_empty() {
+                        logits.set(token * vocab + id, sums[element]);
+                    }
+                    let key = rank::rank_key(sums[element], id);
+                    let held = &mut warp_best[element % 2];
+                    *held = if key > *held { key } else { *held };
+                }
+            }
+        },
+    );
+    for column in 0..2 {
+        let mut key = warp_best[column];
+        let mut distance = 4;
+        while distance < 32 {
+            let other = rank::shuffle_xor(key, distance);
+            key = if other > key { other } else { key };
+            distance *= 2;
+        }
+        if g == 0 {
+            block_best.set(warp * FEW + t * 2 + column, key);
+        }
+    }
+    thread::sync_threads();
+    let thread = thread::thread_idx_x() as usize;
+    if thread < FEW {
+        let mut key = 0;
+        for warp in 0..LOGITS_WARPS {
+            let other = block_best.get(warp * FEW + thread);
+            key = if other > key { other } else { key };
+        }
+        best.set(block * FEW + thread, key);
+    }
+}
+
+/// ids\[t\] = the token of the greatest of `best`\[.., t\], as [`crate::argmax`] has it.
+///
+/// - `best`: u64 \[blocks, [`FEW`]\], of [`few_logits()`]; `ids`: u32 \[T\].
+/// - a block does one token.
+/// - bytes: 8 per block of `few_logits` and token.
+#[kernel(block = 512)]
+pub fn few_argmax(best: In<u64>, ids: Out<u32>) {
+    let scratch = shared_array!(u64, rank::WARPS);
+    let token = thread::block_idx_x() as usize;
+    thread::wait_for_predecessors();
+    let mut key = 0;
+    let mut index = thread::thread_idx_x() as usize * FEW + token;
+    while index < best.len() {
+        let other = best.get(index);
+        key = if other > key { other } else { key };
+        index += rank::THREADS * FEW;
+    }
+    let key = rank::block_max(key, &scratch);
+    if thread::thread_idx_x() == 0 {
+        ids.set(token, rank::id_of(key));
+    }
+}
