@@ -6,6 +6,8 @@ use std::str::FromStr;
 use clap::{ArgGroup, Args, Parser, Subcommand};
 use host::engine::{CacheSize, EngineOptions};
 
+use crate::commands::bench::BenchArguments;
+
 /// An LLM inference server whose answers depend on the request alone.
 ///
 /// Without a command: serves the demo model on the best device at 127.0.0.1:8080.
@@ -24,6 +26,8 @@ pub(crate) enum Command {
     Generate(GenerateArguments),
     /// Check the numeric contract on this device; exits with 1 when a line fails
     Verify(VerifyArguments),
+    /// Time decode, prefill, sampling and loading, beside what the device can do at most; or a server under load
+    Bench(BenchArguments),
 }
 
 impl Command {
@@ -213,7 +217,7 @@ fn positive_share(text: &str) -> Result<f64, String> {
     number.ok_or_else(|| "it must be a number above 0 and at most 1".to_owned())
 }
 
-fn at_least_one<T: FromStr + PartialOrd + From<u8>>(text: &str) -> Result<T, String> {
+pub(crate) fn at_least_one<T: FromStr + PartialOrd + From<u8>>(text: &str) -> Result<T, String> {
     let number = text.parse().ok().filter(|number| *number >= T::from(1));
     number.ok_or_else(|| "it must be a whole number of at least 1".to_owned())
 }

@@ -1,4 +1,5 @@
-//! The `lockstep` command: serves a model over HTTP, answers one prompt, or checks the numeric contract.
+//! The `lockstep` command: serves a model over HTTP, answers one prompt, checks the numeric contract, or
+//! measures how fast it is.
 //!
 //! Exit codes: 0 done, 1 failed (one line on standard error says why and what to do), 2 wrong usage.
 
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
         Command::Serve(arguments) => commands::serve::run(&arguments),
         Command::Generate(arguments) => commands::generate::run(&arguments),
         Command::Verify(arguments) => commands::verify::run(&arguments),
+        Command::Bench(arguments) => commands::bench::run(&arguments),
     };
     outcome.unwrap_or_else(|error| {
         eprintln!("error: {}", one_line(&error.to_string()));
@@ -36,7 +38,7 @@ fn main() -> ExitCode {
 fn log_to_stderr(command: &Command) {
     let level = match command {
         Command::Serve(_) => tracing_subscriber::filter::LevelFilter::INFO,
-        Command::Generate(_) | Command::Verify(_) => tracing_subscriber::filter::LevelFilter::WARN,
+        Command::Generate(_) | Command::Verify(_) | Command::Bench(_) => tracing_subscriber::filter::LevelFilter::WARN,
     };
     tracing_subscriber::fmt()
         .with_max_level(level)

@@ -40,6 +40,12 @@ pub(crate) struct EngineThread(Option<JoinHandle<()>>);
 /// The thread ends with the step it is in; a device that hangs must not keep the process.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+impl EngineThread {
+    pub(crate) fn new(thread: JoinHandle<()>) -> Self {
+        Self(Some(thread))
+    }
+}
+
 impl Drop for EngineThread {
     fn drop(&mut self) {
         let Some(thread) = self.0.take() else { return };
@@ -60,7 +66,11 @@ pub(crate) fn start(
     context_tokens: Option<usize>,
     options: impl FnOnce(&Device) -> EngineOptions,
 ) -> anyhow::Result<Started> {
-    let model = Arc::new(load(source, folder, context_tokens)?);
+    ready(Arc::new(load(source, folder, context_tokens)?), options)
+}
+
+/// Checks the numeric contract and starts an engine.
+pub(crate) fn ready(model: Arc<Model>, options: impl FnOnce(&Device) -> EngineOptions) -> anyhow::Result<Started> {
     if let Some(line) = verify::quick(&model)?.iter().find(|line| !line.holds) {
         anyhow::bail!(
             "the numeric contract does not hold on this device: {}: {}; see lockstep verify",
@@ -69,15 +79,19 @@ pub(crate) fn start(
         );
     }
     let (engine, thread) = spawn(Arc::clone(&model), options(model.device()))?;
-    Ok(Started { engine, model, thread: EngineThread(Some(thread)) })
+    Ok(Started { engine, model, thread: EngineThread::new(thread) })
 }
 
 /// Opens the device and loads the model onto it, for contexts of the model's own maximum where nothing else is asked for.
 pub(crate) fn load(source: &ModelArguments, folder: &Path, context_tokens: Option<usize>) -> anyhow::Result<Model> {
-    let kernels = kernels_for(ModelConfig::load(folder)?.head_width);
-    let device = open_device(source.device, &kernels)?;
+    let device = open(source, folder)?;
     let mut progress = Progress::on_stderr(format!("loading {}", model_folder::name(folder)));
     Ok(Model::load(&device, folder, context_tokens, &mut |done, total| progress.show(done, total))?)
+}
+
+/// Opens the device with the kernels that the model needs.
+pub(crate) fn open(source: &ModelArguments, folder: &Path) -> anyhow::Result<Device> {
+    open_device(source.device, &kernels_for(ModelConfig::load(folder)?.head_width))
 }
 
 /// The device in words, with the kernels it runs.

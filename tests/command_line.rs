@@ -98,7 +98,11 @@ fn json(model: &Path, arguments: &[&str]) -> serde_json::Value {
 fn help_and_version() {
     let help = lockstep(&["--help"]);
     assert_eq!(help.code, Some(0));
-    assert!(["serve", "generate", "verify"].iter().all(|command| help.stdout.contains(command)), "{}", help.stdout);
+    assert!(
+        ["serve", "generate", "verify", "bench"].iter().all(|command| help.stdout.contains(command)),
+        "{}",
+        help.stdout
+    );
     let version = lockstep(&["--version"]);
     assert_eq!((version.code, version.stdout), (Some(0), format!("lockstep {}\n", env!("CARGO_PKG_VERSION"))));
 }
@@ -118,6 +122,9 @@ fn wrong_usage_exits_with_2() {
         &["serve", "--kv-cache-bytes", "1", "--kv-cache-fraction", "0.5"],
         &["serve", "--context", "0"],
         &["verify", "--device", "abacus"],
+        &["bench", "--batch", "0"],
+        &["bench", "--only", "luck"],
+        &["bench", "--rate", "1"],
     ] {
         let outcome = lockstep(arguments);
         assert_eq!(outcome.code, Some(2), "{arguments:?}");
@@ -127,7 +134,7 @@ fn wrong_usage_exits_with_2() {
 
 #[test]
 fn a_folder_that_is_not_there() {
-    for command in [&["serve"][..], &["verify"], &["generate", "x"]] {
+    for command in [&["serve"][..], &["verify"], &["bench"], &["generate", "x"]] {
         let line = failure(&[command, &["--device", "cpu", "--model", "/nowhere/model"]].concat());
         assert!(line.contains("/nowhere/model"), "{line}");
     }
@@ -261,4 +268,89 @@ fn token_ids_may_come_from_a_file_and_need_no_tokenizer() {
     let without = json(&model, &["--token-ids", "5,6,7", "--max-tokens", "4", "--ignore-eos", "--seed", "1"]);
     assert_eq!(without["tokens"], with["tokens"]);
     assert!(without["text"].is_null() && with["text"].is_string());
+}
+
+/// A figure's value, or a panic.
+fn figure<'a>(report: &'a serde_json::Value, what: &str, unit: &str, batch: Option<u64>) -> &'a serde_json::Value {
+    let figures = report["figures"].as_array().unwrap();
+    let is_it = |figure: &&serde_json::Value| {
+        figure["what"] == what && figure["unit"] == unit && figure["batch"].as_u64() == batch
+    };
+    figures.iter().find(is_it).unwrap_or_else(|| panic!("no {what} in {unit} at {batch:?}: {report}"))
+}
+
+#[test]
+fn a_bench_measures_every_kind_against_its_own_ceilings() {
+    let (_guard, model) = model();
+    let line = ["--device", "cpu", "--json", "--runs", "1", "--batch", "1,2", "--context", "32", "--tokens", "4"];
+    let model = ["bench", "--model", model.to_str().unwrap(), "--length", "70"];
+    let outcome = lockstep(&[&model[..], &line].concat());
+    assert_eq!((outcome.code, outcome.stdout.lines().count()), (Some(0), 1), "{}", outcome.stderr);
+    let report: serde_json::Value = serde_json::from_str(&outcome.stdout).unwrap();
+    assert_eq!((&report["model"], &report["runs"]), (&"small".into(), &1.into()));
+    for figure in report["figures"].as_array().unwrap() {
+        let number = |key: &str| figure[key].as_f64().unwrap_or_else(|| panic!("{key}: {figure}"));
+        assert!(number("min") <= number("value") && number("value") <= number("max"), "{figure}");
+        // What drawing adds and how long the device waits may come out as nothing.
+        assert!(figure["unit"] == "%" || number("value") > 0.0, "{figure}");
+    }
+    let value = |what: &str, unit: &str, batch| figure(&report, what, unit, batch)["value"].as_f64().unwrap();
+    let copied = value("ceiling: device copy", "GB/s", None) * 1e9;
+    let multiplied = value("ceiling: matrix product", "TFLOP/s", None) * 1e12;
+    for batch in [1, 2] {
+        let decode = figure(&report, "decode", "tokens/s", Some(batch));
+        // By hand from the model's dimensions: 325,248 parameters once, and 3 layers of 64 keys and 64 values for 32
+        // tokens of prompt and half of the 4 generated, two bytes each.
+        let bytes = (2 * (325_248 + batch * 3 * 2 * 64 * 34)) as f64;
+        assert_eq!(decode["bytes"].as_f64().unwrap(), bytes);
+        let share = value("decode", "tokens/s", Some(batch)) / batch as f64 * bytes / copied;
+        assert!((decode["share_of_ceiling"].as_f64().unwrap() / share - 1.0).abs() < 1e-9, "{decode}");
+        for what in ["first token, median request", "first token, last request", "step: on the device", "decode step"] {
+            value(what, "ms", Some(batch));
+        }
+        assert!(value("step: device waits for the host", "%", Some(batch)) < 100.0);
+    }
+    let prefill = figure(&report, "prefill", "ms", Some(1));
+    let share = prefill["flops"].as_f64().unwrap() / prefill["value"].as_f64().unwrap() * 1e3 / multiplied;
+    assert!((prefill["share_of_ceiling"].as_f64().unwrap() / share - 1.0).abs() < 1e-9, "{prefill}");
+    value("drawing a token adds to a step", "%", Some(2));
+    assert!(value("start to ready", "ms", None) >= value("start: load", "ms", None));
+    // 325,248 parameters, of which the CPU has the head's 512 x 128 a second time as the embedding; and the rotary table:
+    // sine and cosine of 32 angles at 2048 positions.
+    let weights = 2 * (325_248 + 512 * 128) + 4 * 2 * 32 * 2048;
+    assert_eq!(value("memory: weights", "MB", None), f64::from(weights) / 1e6);
+}
+
+#[test]
+fn a_bench_leaves_out_what_does_not_fit_and_compares_with_a_kept_one() {
+    let (guard, model) = model();
+    edit_json(&model.join("config.json"), |config| config["max_position_embeddings"] = 64.into());
+    let kept = guard.path().join("kept.json");
+    let model = ["bench", "--model", model.to_str().unwrap(), "--device", "cpu", "--runs", "1", "--tokens", "4"];
+    let kinds = ["--only", "decode,prefill", "--batch", "1", "--context", "20,62", "--length", "60,65", "--json"];
+    let outcome = lockstep(&[&model[..], &kinds].concat());
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    assert!(
+        outcome.stderr.contains("decode, batch 1, context 62: ") && outcome.stderr.contains("64"),
+        "{}",
+        outcome.stderr
+    );
+    let report: serde_json::Value = serde_json::from_str(&outcome.stdout).unwrap();
+    let contexts = |what: &str| {
+        let figures = report["figures"].as_array().unwrap().iter();
+        figures.filter(|figure| figure["what"] == what).map(|figure| figure["context"].as_u64()).collect::<Vec<_>>()
+    };
+    assert_eq!((contexts("decode"), contexts("decode step")), (vec![Some(20)], vec![Some(20)]));
+    assert_eq!(contexts("prefill"), [Some(60), Some(60)]);
+
+    fs::write(&kept, &outcome.stdout).unwrap();
+    let kept = kept.to_str().unwrap();
+    let outcome = lockstep(&["bench", "--compare", kept, kept, "--json"]);
+    let compared: serde_json::Value = serde_json::from_str(&outcome.stdout).unwrap();
+    let decode = figure(&compared, "decode", "tokens/s", Some(1));
+    assert_eq!((&decode["ratio"], &decode["before"]), (&1.0.into(), &decode["after"]));
+    let outcome = lockstep(&[&model[..], &kinds[..kinds.len() - 1], &["--compare", kept]].concat());
+    assert!(outcome.stdout.lines().any(|line| line.starts_with("decode step ")), "{}", outcome.stdout);
+    assert!(failure(&["bench", "--compare", "/nowhere/kept.json"]).contains("/nowhere/kept.json"));
+    assert!(failure(&["bench", "--http", "nowhere"]).contains("http://HOST:PORT"));
 }

@@ -391,3 +391,44 @@ fn a_second_server_on_the_port_says_so() {
     assert!(stderr.contains(&port) && stderr.contains("in use"), "{stderr}");
     assert!(content(&first.ask(CHAT, &chat(SUM, json!({})))).contains("42"));
 }
+
+/// What `lockstep bench --http` says of each figure, with this on its line.
+fn bench(server: &Running, line: &[&str]) -> std::collections::BTreeMap<String, f64> {
+    let url = format!("http://{}", server.address);
+    let run =
+        Command::new(env!("CARGO_BIN_EXE_lockstep")).args(["bench", "--json", "--http", &url]).args(line).output();
+    let output = run.unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["model"], "demo");
+    let figures = report["figures"].as_array().unwrap().iter();
+    figures.map(|figure| (figure["what"].as_str().unwrap().to_owned(), figure["value"].as_f64().unwrap())).collect()
+}
+
+#[test]
+fn a_bench_over_http_counts_what_the_server_answered() {
+    let server = Running::demo();
+    let small = ["--seconds", "1", "--prompt-tokens", "20", "--max-tokens", "5"];
+    let closed = bench(&server, &[&small[..], &["--clients", "3"]].concat());
+    let endings = |figures: &std::collections::BTreeMap<String, f64>| {
+        figures.keys().filter_map(|name| name.strip_prefix("http: requests, ").map(str::to_owned)).collect::<Vec<_>>()
+    };
+    assert_eq!(endings(&closed), ["complete"]);
+    let complete = closed["http: requests, complete"];
+    // All that was answered within the second, and no more than all that was answered at all.
+    assert!(closed["http: answers"] <= complete && closed["http: tokens"] <= 5.0 * complete, "{closed:?}");
+    assert!(closed["http: tokens"] >= 5.0 * closed["http: answers"], "{closed:?}");
+    for what in ["time to first token", "time between tokens", "whole request"] {
+        let at = |percent: u32| closed[&format!("http: {what}, p{percent}")];
+        assert!(0.0 <= at(50) && at(50) <= at(90) && at(90) <= at(99), "{closed:?}");
+    }
+    assert!(closed["http: time to first token, p50"] < closed["http: whole request, p50"]);
+
+    let open = bench(&server, &[&small[..], &["--rate", "30"]].concat());
+    let due = host::client::due_times(30.0, 1, std::time::Duration::from_secs(1)).len();
+    assert_eq!((endings(&open), open["http: requests, complete"]), (vec!["complete".to_owned()], due as f64));
+
+    let refused = bench(&server, &["--seconds", "0.2", "--clients", "1", "--max-tokens", "1000000"]);
+    assert_eq!(endings(&refused), ["status 400"]);
+    assert_eq!(refused["http: tokens"], 0.0);
+}

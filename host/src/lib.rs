@@ -2,7 +2,8 @@
 //!
 //! | module | what it does | knows nothing of |
 //! | --- | --- | --- |
-//! | [`server`] | HTTP, JSON, server-sent events (the only place that names hyper and tokio) | tensors, pages |
+//! | [`server`] | HTTP, JSON, server-sent events | tensors, pages |
+//! | [`client`] | drives a server over HTTP and takes the times (it and `server` alone name hyper and tokio) | all others |
 //! | [`text`] | tokenizer, chat template, incremental detokenizer | devices, HTTP |
 //! | [`verify`] | the self-test of the numeric contract | text, HTTP |
 //! | [`engine`] | requests, the step loop on its own thread | text, HTTP |
@@ -15,6 +16,7 @@ compile_error!(
     "the feature planted-batch-dependence makes wrong answers on purpose; it is for tests, in the dev profile only"
 );
 
+pub mod client;
 pub mod device;
 pub mod engine;
 pub mod model;

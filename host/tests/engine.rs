@@ -368,3 +368,19 @@ fn damaged_weights_fail_the_request_and_not_the_engine() {
 fn an_engine_that_could_compute_nothing_does_not_start() {
     assert!(spawn(demo(), host::engine::EngineOptions { chunk_tokens: 0, ..options() }).is_err());
 }
+
+#[test]
+fn times_of_steps_are_taken_only_where_asked_for_and_change_no_answer() {
+    let asked = |time_steps: bool| {
+        let (engine, _) = engine(host::engine::EngineOptions { time_steps, ..options() });
+        // One step for the prompt, which chooses the first token, and one for each further token.
+        let ids = Reader::ask(&engine, greedy(chat("Reverse the word lamp"), 6)).ids();
+        eventually(|| engine.status().running == 0);
+        (ids, engine.status().steps)
+    };
+    let ((ids, timed), (same, untimed)) = (asked(true), asked(false));
+    assert_eq!(ids, same);
+    assert_eq!((timed.steps, untimed.steps), (6, 6));
+    assert_eq!((untimed.wall_ns, untimed.device_ns), (0, 0));
+    assert!(0 < timed.device_ns && timed.device_ns <= timed.wall_ns, "{timed:?}");
+}

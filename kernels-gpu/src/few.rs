@@ -86,15 +86,23 @@ struct Segment {
     width: usize,
 }
 
+/// The operands of a stage.
+#[derive(Clone, Copy)]
+struct Fragments<const TILES: usize> {
+    weight: [[[u32; 4]; TILES]; STAGE / 16],
+    input: [[u32; 2]; STAGE / 16],
+}
+
 /// The chains of a warp's strips. `TILES` tiles of 16 outputs make a strip; `first_row(strip, tile)` is a tile's first row of
 /// the weight (rows beyond the last repeat it). `inputs` waits for the predecessors and fills `arena.input`, for the whole
-/// block, while the ring fills. `finish` gets each strip's sums, in the fragment layout of a product: rows g and g + 8 of
-/// the tiles, tokens 2t and 2t + 1.
+/// block, while the ring fills; what it returns goes to `finish`, which gets each strip's sums, in the fragment layout of a
+/// product: rows g and g + 8 of the tiles, tokens 2t and 2t + 1.
 ///
-/// `PENDING` is `DEPTH` - 2, `DEPTH` the stages of the ring.
+/// `PENDING` is `DEPTH` - 2, `DEPTH` the stages of the ring. The operands of a stage are read from shared memory while the
+/// products of the one before run, so that only the chain itself takes time.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-fn chains<const TILES: usize, const DEPTH: usize, const PENDING: usize>(
+fn chains<const TILES: usize, const DEPTH: usize, const PENDING: usize, R>(
     weight: In<bf16>,
     arena: Arena,
     tokens: usize,
@@ -102,78 +110,122 @@ fn chains<const TILES: usize, const DEPTH: usize, const PENDING: usize>(
     segment: Segment,
     strips: Strips,
     first_row: impl Fn(usize, usize) -> usize,
-    inputs: impl FnOnce(),
-    mut finish: impl FnMut(usize, [[f32; 4]; TILES]),
+    inputs: impl FnOnce() -> R,
+    mut finish: impl FnMut(usize, [[f32; 4]; TILES], &R),
 ) {
     const { assert!(PENDING + 2 == DEPTH) };
     let lane = thread::lane_id() as usize;
-    let (g, t) = (lane / 4, lane % 4);
     let ring_start = thread::warp_id() as usize * DEPTH * TILES * 16 * ROW;
     let last_row = weight.len() / width - 1;
     let segment_end = segment.first + segment.width;
 
-    let issue = |strip: usize, k: usize, slot: usize| {
+    // Where the lane's eight elements of each fourth row of a strip's tiles start.
+    let sources = |strip: usize| {
+        let mut from = [[0; 4]; TILES];
         for tile in 0..TILES {
-            let row_start = first_row(strip, tile);
             for part in 0..4 {
-                let (row, column) = (part * 4 + lane / 8, lane % 8 * 8);
-                let from = if row_start + row < last_row { row_start + row } else { last_row };
-                let to = ring_start + ((slot * TILES + tile) * 16 + row) * ROW + column;
-                cp_async::copy::<bf16, 8>(&arena.ring, to, &weight, from * width + k + column);
+                let row = first_row(strip, tile) + part * 4 + lane / 8;
+                from[tile][part] = (if row < last_row { row } else { last_row }) * width + lane % 8 * 8;
             }
         }
+        from
     };
+    let target = ring_start + lane / 8 * ROW + lane % 8 * 8;
 
-    let (mut next_strip, mut next_k, mut next_slot) = (strips.first, segment.first, 0);
+    let (mut next_strip, mut next_k, mut next_slot) = (strips.first, segment.first, 0u32);
+    let mut from = sources(if next_strip < strips.end { next_strip } else { 0 });
     let mut issue_next = || {
         if next_strip < strips.end {
-            issue(next_strip, next_k, next_slot);
+            for tile in 0..TILES {
+                for part in 0..4 {
+                    let to = target + ((next_slot as usize * TILES + tile) * 16 + part * 4) * ROW;
+                    // SAFETY: the row is one of the weight's, and k + 64 is at most its width.
+                    unsafe {
+                        cp_async::copy_unchecked::<bf16, 8>(&arena.ring, to, &weight, from[tile][part] + next_k);
+                    }
+                }
+            }
             next_k += STAGE;
             if next_k == segment_end {
                 next_k = segment.first;
                 next_strip += strips.step;
+                if next_strip < strips.end {
+                    from = sources(next_strip);
+                }
             }
-            next_slot = if next_slot + 1 == DEPTH { 0 } else { next_slot + 1 };
+            next_slot = if next_slot + 1 == DEPTH as u32 { 0 } else { next_slot + 1 };
         }
         cp_async::commit_group();
     };
-    for _ in 0..DEPTH - 1 {
+    for _ in 0..DEPTH {
         issue_next();
     }
     thread::allow_successor();
-    inputs();
-
-    let token = if g < tokens { g } else { tokens - 1 };
-    let input_row = token * (width + PAD) + t * 2;
-    let pair = |index: usize| {
-        let [low, high]: [bf16; 2] = arena.input.load(index);
-        u32::from(low.to_bits()) | (u32::from(high.to_bits()) << 16)
-    };
-    let mut slot = 0;
-    let mut strip = strips.first;
-    while strip < strips.end {
-        let mut sums = [[0.0f32; 4]; TILES];
-        let mut k = segment.first;
-        while k < segment_end {
-            cp_async::wait_group::<PENDING>();
-            // The stage has landed for all lanes, and all have left the slot that is filled next.
-            warp::sync_warp();
-            issue_next();
-            let stage = ring_start + slot * TILES * 16 * ROW;
-            for step in 0..STAGE / 16 {
-                let at = input_row + k + step * 16;
-                let b = [pair(at), pair(at + 8)];
-                for tile in 0..TILES {
-                    let a = mma::load_a(&arena.ring, stage + tile * 16 * ROW + step * 16, ROW);
-                    sums[tile] = mma::m16n8k16_bf16(a, b, sums[tile]);
-                }
-            }
-            slot = if slot + 1 == DEPTH { 0 } else { slot + 1 };
-            k += STAGE;
-        }
-        finish(strip, sums);
-        strip += strips.step;
+    let ready = inputs();
+    if strips.first >= strips.end {
+        return;
     }
+
+    let fragments = |slot: u32, k: usize| {
+        let stage = ring_start + slot as usize * TILES * 16 * ROW;
+        let mut loaded = Fragments::<TILES> { weight: [[[0; 4]; TILES]; STAGE / 16], input: [[0; 2]; STAGE / 16] };
+        for step in 0..STAGE / 16 {
+            if step % 2 == 0 {
+                let pair = mma::load_b_steps(&arena.input, k + step * 16, width + PAD, tokens);
+                loaded.input[step] = pair[0];
+                loaded.input[step + 1] = pair[1];
+            }
+            for tile in 0..TILES {
+                loaded.weight[step][tile] = mma::load_a(&arena.ring, stage + tile * 16 * ROW + step * 16, ROW);
+            }
+        }
+        loaded
+    };
+    cp_async::wait_group::<PENDING>();
+    warp::sync_warp();
+    let mut current = fragments(0, segment.first);
+    let (mut slot, mut k, mut strip) = (0u32, segment.first, strips.first);
+    let mut sums = [[0.0f32; 4]; TILES];
+    loop {
+        slot = if slot + 1 == DEPTH as u32 { 0 } else { slot + 1 };
+        k += STAGE;
+        let ends = k == segment_end;
+        k = if ends { segment.first } else { k };
+        let last = ends && strip + strips.step >= strips.end;
+        // The next stage has landed for all lanes, and all have read the one before, whose slot is filled again.
+        cp_async::wait_group::<PENDING>();
+        warp::sync_warp();
+        // A product waits for the one before it: what does not need it goes in between.
+        let mut product = |step: usize| {
+            for tile in 0..TILES {
+                sums[tile] = mma::m16n8k16_bf16(current.weight[step][tile], current.input[step], sums[tile]);
+            }
+        };
+        product(0);
+        let next = if last { current } else { fragments(slot, k) };
+        product(1);
+        issue_next();
+        product(2);
+        product(3);
+        if ends {
+            finish(strip, sums, &ready);
+            strip += strips.step;
+            sums = [[0.0f32; 4]; TILES];
+        }
+        if last {
+            return;
+        }
+        current = next;
+    }
+}
+
+/// Eight consecutive elements of a row of the residual stream.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+fn eight(x: In<f32>, index: usize) -> [f32; 8] {
+    let [a, b, c, d]: [f32; 4] = x.load(index);
+    let [e, f, g, h]: [f32; 4] = x.load(index + 4);
+    [a, b, c, d, e, f, g, h]
 }
 
 /// Waits for the predecessors and puts the normalised rows into shared memory: the arithmetic of [`crate::rms_norm`], a
@@ -182,24 +234,39 @@ fn chains<const TILES: usize, const DEPTH: usize, const PENDING: usize>(
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 fn normalised(input: &Shared<bf16>, x: In<f32>, gain: In<bf16>, tokens: usize, width: usize, eps: f32) {
     const PARTS: usize = REDUCTION_LANES / 32;
+    const TURN: usize = REDUCTION_LANES * 8;
     let (lane, warps) = (thread::lane_id() as usize, (thread::block_dim_x() / 32) as usize);
+    // The first 1024 elements, which are all of a small model's, stay in registers between the two passes. The gains are
+    // weights, and are read while the predecessors still run.
+    let mut gains = [[bf16::ZERO; 8]; PARTS];
+    for part in 0..PARTS {
+        let column = (part * 32 + lane) * 8;
+        if column < width {
+            gains[part] = gain.load(column);
+        }
+    }
     thread::wait_for_predecessors();
     let mut token = thread::warp_id() as usize;
     while token < tokens {
         let row = token * width;
+        let mut first = [[0.0f32; 8]; PARTS];
+        for part in 0..PARTS {
+            let column = (part * 32 + lane) * 8;
+            if column < width {
+                first[part] = eight(x, row + column);
+            }
+        }
         let mut sums = [0.0f32; PARTS];
         for part in 0..PARTS {
-            let mut column = (part * 32 + lane) * 8;
+            for value in first[part] {
+                sums[part] = math::fma(value, value, sums[part]);
+            }
+            let mut column = TURN + (part * 32 + lane) * 8;
             while column < width {
-                let low: [f32; 4] = x.load(row + column);
-                let high: [f32; 4] = x.load(row + column + 4);
-                for value in low {
+                for value in eight(x, row + column) {
                     sums[part] = math::fma(value, value, sums[part]);
                 }
-                for value in high {
-                    sums[part] = math::fma(value, value, sums[part]);
-                }
-                column += REDUCTION_LANES * 8;
+                column += TURN;
             }
         }
         for part in 0..PARTS {
@@ -207,42 +274,42 @@ fn normalised(input: &Shared<bf16>, x: In<f32>, gain: In<bf16>, tokens: usize, w
         }
         let [a, b, c, d] = sums;
         let scale = 1.0 / math::sqrt(((a + b) + (c + d)) / width as f32 + eps);
-        let mut column = lane * 8;
-        while column < width {
-            let low: [f32; 4] = x.load(row + column);
-            let high: [f32; 4] = x.load(row + column + 4);
-            let gain: [bf16; 8] = gain.load(column);
-            let normed = |index: usize, value: f32| f32_to_bf16(value * scale * bf16_to_f32(gain[index]));
-            input.store(
-                token * (width + PAD) + column,
-                [
-                    normed(0, low[0]),
-                    normed(1, low[1]),
-                    normed(2, low[2]),
-                    normed(3, low[3]),
-                    normed(4, high[0]),
-                    normed(5, high[1]),
-                    normed(6, high[2]),
-                    normed(7, high[3]),
-                ],
-            );
-            column += 32 * 8;
+        let store = |column: usize, values: [f32; 8], gains: [bf16; 8]| {
+            let mut normed = [bf16::ZERO; 8];
+            for index in 0..8 {
+                normed[index] = f32_to_bf16(values[index] * scale * bf16_to_f32(gains[index]));
+            }
+            input.store(token * (width + PAD) + column, normed);
+        };
+        for part in 0..PARTS {
+            let mut column = (part * 32 + lane) * 8;
+            if column < width {
+                store(column, first[part], gains[part]);
+            }
+            column += TURN;
+            while column < width {
+                store(column, eight(x, row + column), gain.load(column));
+                column += TURN;
+            }
         }
         token += warps;
     }
     thread::sync_threads();
 }
 
-/// Waits for the predecessors and copies the rows of `x` into shared memory.
+/// Copies the rows of `x` into shared memory.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 fn copied(input: &Shared<bf16>, x: In<bf16>, tokens: usize, width: usize) {
     let threads = thread::block_dim_x() as usize;
-    thread::wait_for_predecessors();
+    x.check(0, tokens * width);
     for token in 0..tokens {
         let mut column = thread::thread_idx_x() as usize * 8;
         while column < width {
-            cp_async::copy::<bf16, 8>(input, token * (width + PAD) + column, &x, token * width + column);
+            // SAFETY: checked above.
+            unsafe {
+                cp_async::copy_unchecked::<bf16, 8>(input, token * (width + PAD) + column, &x, token * width + column);
+            }
             column += threads * 8;
         }
     }
@@ -287,35 +354,59 @@ pub fn few_qkv(
     let all_heads = heads + 2 * kv_heads;
     let arena = arena(tokens, width, PAIR_WARPS, 2, QKV_DEPTH);
     let (g, t) = ((thread::lane_id() / 4) as usize, (thread::lane_id() % 4) as usize);
-    chains::<2, QKV_DEPTH, { QKV_DEPTH - 2 }>(
+    let strips = all_heads * per_head;
+    let strip = thread::block_idx_x() as usize * PAIR_WARPS + thread::warp_id() as usize;
+    let head = strip / per_head;
+    // The token and the place in the head's first half of each of the lane's four sums.
+    let place = |element: usize| (t * 2 + element % 2, strip % per_head * 16 + g + element / 2 * 8);
+    chains::<2, QKV_DEPTH, { QKV_DEPTH - 2 }, _>(
         weight,
         arena,
         tokens,
         width,
         Segment { first: 0, width },
-        Strips {
-            first: thread::block_idx_x() as usize * PAIR_WARPS + thread::warp_id() as usize,
-            step: all_heads * per_head,
-            end: all_heads * per_head,
-        },
+        Strips { first: strip, step: strips, end: strips },
         |strip, tile| strip / per_head * head_width + tile * half + strip % per_head * 16,
-        || normalised(&arena.input, residual, gain, tokens, width, eps),
-        |strip, sums| {
-            let head = strip / per_head;
+        || {
+            // What the epilogue needs is older than the predecessors.
+            let mut ready = [Epilogue::EMPTY; 4];
             for element in 0..4 {
-                let (token, i) = (t * 2 + element % 2, strip % per_head * 16 + g + element / 2 * 8);
-                let position = if token < tokens { positions.get(token) } else { u32::MAX };
+                let (token, i) = place(element);
+                if token < tokens && strip < strips {
+                    let position = positions.get(token);
+                    let mut one = Epilogue { position, ..Epilogue::EMPTY };
+                    if position != u32::MAX {
+                        if !bias.is_empty() {
+                            let first = head * head_width + i;
+                            one.bias = [bf16_to_f32(bias.get(first)), bf16_to_f32(bias.get(first + half))];
+                        }
+                        if head < heads + kv_heads {
+                            one.rotation = table.load((position as usize * half + i) * 2);
+                        }
+                        if head >= heads {
+                            one.page = page_tables.get(row_tables.get(token) as usize + position as usize / PAGE);
+                        }
+                    }
+                    ready[element] = one;
+                }
+            }
+            normalised(&arena.input, residual, gain, tokens, width, eps);
+            ready
+        },
+        |_, sums, ready| {
+            for element in 0..4 {
+                let (token, i) = place(element);
+                let Epilogue { position, bias: offsets, rotation: [cos, sin], page } = ready[element];
                 if position == u32::MAX {
                     continue;
                 }
                 let (first, second) = (head * head_width + i, head * head_width + half + i);
                 let (mut a, mut b) = (sums[0][element], sums[1][element]);
                 if !bias.is_empty() {
-                    a += bf16_to_f32(bias.get(first));
-                    b += bf16_to_f32(bias.get(second));
+                    a += offsets[0];
+                    b += offsets[1];
                 }
                 if head < heads + kv_heads {
-                    let [cos, sin]: [f32; 2] = table.load((position as usize * half + i) * 2);
                     (a, b) = (math::fma(a, cos, -(b * sin)), math::fma(b, cos, a * sin));
                 }
                 if head < heads {
@@ -324,10 +415,9 @@ pub fn few_qkv(
                     queries.set(row + second, b);
                     continue;
                 }
-                let page = page_tables.get(row_tables.get(token) as usize + position as usize / PAGE) as usize;
                 let slot = position as usize % PAGE;
                 let kv_head = (head - heads) % kv_heads;
-                let start = (page * kv_heads + kv_head) * PAGE * head_width;
+                let start = (page as usize * kv_heads + kv_head) * PAGE * head_width;
                 if head < heads + kv_heads {
                     key_pages.set(start + slot * head_width + i, f32_to_bf16(a));
                     key_pages.set(start + slot * head_width + half + i, f32_to_bf16(b));
@@ -338,6 +428,21 @@ pub fn few_qkv(
             }
         },
     );
+}
+
+/// What one pair of sums of [`few_qkv()`] meets on its way out.
+#[derive(Clone, Copy)]
+struct Epilogue {
+    /// `u32::MAX` where nothing is stored.
+    position: u32,
+    bias: [f32; 2],
+    /// Cosine and sine.
+    rotation: [f32; 2],
+    page: u32,
+}
+
+impl Epilogue {
+    const EMPTY: Self = Self { position: u32::MAX, bias: [0.0; 2], rotation: [0.0; 2], page: 0 };
 }
 
 /// RMSNorm, the gate and up layer, and the gated activation.
@@ -360,7 +465,7 @@ pub fn few_gate_up(
     let (tokens, width, ffn) = (tokens as usize, width as usize, ffn as usize);
     let arena = arena(tokens, width, PAIR_WARPS, 2, GATE_UP_DEPTH);
     let (g, t) = ((thread::lane_id() / 4) as usize, (thread::lane_id() % 4) as usize);
-    chains::<2, GATE_UP_DEPTH, { GATE_UP_DEPTH - 2 }>(
+    chains::<2, GATE_UP_DEPTH, { GATE_UP_DEPTH - 2 }, _>(
         weight,
         arena,
         tokens,
@@ -373,7 +478,7 @@ pub fn few_gate_up(
         },
         |strip, tile| tile * ffn + strip * 16,
         || normalised(&arena.input, residual, gain, tokens, width, eps),
-        |strip, sums| {
+        |strip, sums, ()| {
             for element in 0..4 {
                 let (token, column) = (t * 2 + element % 2, strip * 16 + g + element / 2 * 8);
                 if token < tokens {
@@ -401,7 +506,9 @@ fn few_residual<const SEGMENTS: usize>(
     let (g, t) = (lane / 4, lane % 4);
     let warp = thread::warp_id() as usize;
     let part = width / SEGMENTS;
-    chains::<1, RESIDUAL_DEPTH, { RESIDUAL_DEPTH - 2 }>(
+    // The token and the output of each of the lane's four sums.
+    let place = |element: usize| (t * 2 + element % 2, thread::block_idx_x() as usize * 16 + g + element / 2 * 8);
+    chains::<1, RESIDUAL_DEPTH, { RESIDUAL_DEPTH - 2 }, _>(
         weight,
         arena,
         tokens,
@@ -409,8 +516,20 @@ fn few_residual<const SEGMENTS: usize>(
         Segment { first: warp * part, width: part },
         Strips { first: thread::block_idx_x() as usize, step: outputs, end: outputs.div_ceil(16) },
         |strip, _| strip * 16,
-        || copied(&arena.input, x, tokens, width),
-        |strip, [mut sums]| {
+        || {
+            thread::wait_for_predecessors();
+            // Read early: the way to memory and back is longer than an addition.
+            let mut before = [0.0; 4];
+            for element in 0..4 {
+                let (token, output) = place(element);
+                if token < tokens && output < outputs && warp == 0 {
+                    before[element] = residual.get(token * outputs + output);
+                }
+            }
+            copied(&arena.input, x, tokens, width);
+            before
+        },
+        |_, [mut sums], before| {
             if SEGMENTS > 1 {
                 if warp > 0 {
                     partials.store(((warp - 1) * 32 + lane) * 4, sums);
@@ -427,10 +546,9 @@ fn few_residual<const SEGMENTS: usize>(
                 }
             }
             for element in 0..4 {
-                let (token, output) = (t * 2 + element % 2, strip * 16 + g + element / 2 * 8);
+                let (token, output) = place(element);
                 if token < tokens && output < outputs {
-                    let index = token * outputs + output;
-                    residual.set(index, residual.get(index) + sums[element]);
+                    residual.set(token * outputs + output, before[element] + sums[element]);
                 }
             }
         },
@@ -493,7 +611,7 @@ pub fn few_logits(
     let (g, t) = (lane / 4, lane % 4);
     let (block, warp) = (thread::block_idx_x() as usize, thread::warp_id() as usize);
     let mut warp_best = [0u64; 2];
-    chains::<1, LOGITS_DEPTH, { LOGITS_DEPTH - 2 }>(
+    chains::<1, LOGITS_DEPTH, { LOGITS_DEPTH - 2 }, _>(
         weight,
         arena,
         tokens,
@@ -506,7 +624,7 @@ pub fn few_logits(
         },
         |strip, _| strip * 16,
         || normalised(&arena.input, residual, gain, tokens, width, eps),
-        |strip, [sums]| {
+        |strip, [sums], ()| {
             for element in 0..4 {
                 let (token, id) = (t * 2 + element % 2, strip * 16 + g + element / 2 * 8);
                 if token < tokens && id < vocab {

@@ -9,15 +9,15 @@ mkdir -p "$folder/tests"
 rm -f "$folder"/tests/*
 
 cargo build --release
-cargo bench --bench step --no-run
+cargo bench --bench kernels --no-run
 target=$(cargo metadata --format-version 1 --no-deps | python3 -c 'import json,sys; print(json.load(sys.stdin)["target_directory"])')
 strip -o "$folder/lockstep" "$target/release/lockstep"
-bench=$(cargo bench --bench step --no-run --message-format=json 2>/dev/null |
+bench=$(cargo bench --bench kernels --no-run --message-format=json 2>/dev/null |
     python3 -c 'import json,sys
 for line in sys.stdin:
     message = json.loads(line)
-    if message.get("executable") and message["target"]["name"] == "step": print(message["executable"])')
-strip -o "$folder/step" "$bench"
+    if message.get("executable") and message["target"]["name"] == "kernels": print(message["executable"])')
+strip -o "$folder/kernels" "$bench"
 
 # Test executables that have tests of a GPU in them.
 cargo test --workspace --no-run --message-format=json 2>/dev/null | python3 -c 'import json,sys

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: runs the GPU tests, the references and the benchmark of a bundle that pack.sh made.
-#   tools/gpu_bundle/run.sh FOLDER [tests|references|full-size|bench|sanitize|all]...
+#   tools/gpu_bundle/run.sh FOLDER [tests|references|full-size|bench|kernels|sanitize|all]...
 # Needs python3 with torch and transformers for the references, compute-sanitizer for `sanitize`.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -40,8 +40,13 @@ for part in "$@"; do
     }
     [ "$part" = bench ] || [ "$part" = all ] && {
         section bench
-        check "$folder/step" "$full_size"
-        check "$folder/step" "$full_size" --json >"$out/step.json"
+        check "$folder/lockstep" bench --model "$full_size" --device cuda:0 --json >"$out/bench.json"
+        check "$folder/lockstep" bench --compare "$out/bench.json" "$out/bench.json"
+    }
+    [ "$part" = kernels ] && {
+        section kernels
+        check env -C "$out" "$folder/kernels" --bench gpu/ >"$out/kernels.txt" 2>&1
+        grep -v Benchmarking "$out/kernels.txt"
     }
     [ "$part" = full-size ] || [ "$part" = all ] && {
         section "full size"

@@ -10,6 +10,7 @@
 //! | `tracker` | who uses how much memory |
 //! | `linear` | the types of linear layers and their numeric contract |
 //! | `recording` | launches that are started again as a whole |
+//! | `stopwatch` | how long the device takes |
 //! | `ptx` | kernel images: choosing one, checking its parameters |
 //! | `error` | typed errors with frozen codes |
 //! | `cpu` | the executor's device |
@@ -27,6 +28,7 @@ pub use error::{DeviceError, ErrorCode};
 pub use linear::{LinearBackend, LinearOutput, OutputType, Weight, contract};
 pub use ptx::{KernelImage, KernelImages};
 pub use recording::Recording;
+pub use stopwatch::Stopwatch;
 pub use tracker::{MemoryKind, MemoryRecord, MemoryTracker};
 
 mod buffer;
@@ -36,6 +38,7 @@ mod error;
 mod linear;
 mod ptx;
 mod recording;
+mod stopwatch;
 mod tracker;
 
 /// How much memory a device has, in bytes.
@@ -132,6 +135,23 @@ impl Device {
             Self::Cpu(_) => None,
             Self::Cuda(device) => Some(device.kernel_image()),
         }
+    }
+
+    /// The newest CUDA version that the driver serves, such as `CUDA 13.0`; `None` on the CPU.
+    #[must_use]
+    pub fn driver(&self) -> Option<String> {
+        match self {
+            Self::Cpu(_) => None,
+            Self::Cuda(device) => device.driver(),
+        }
+    }
+
+    /// A stopwatch for work on this device.
+    ///
+    /// # Errors
+    /// The device has failed.
+    pub fn stopwatch(&self) -> Result<Stopwatch, DeviceError> {
+        Stopwatch::new(self)
     }
 
     /// Its memory.

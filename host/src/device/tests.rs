@@ -308,3 +308,20 @@ fn the_cpu_describes_itself() {
     assert!(device.memory_info().unwrap().total_bytes > 0);
     assert_code(Device::cpu(CpuOptions { threads: 1 << 20, ..CpuOptions::default() }), ErrorCode::InvalidDevice);
 }
+
+#[test]
+fn a_stopwatch_is_read_after_it_was_started_and_stopped() {
+    let device = cpu();
+    let mut stopwatch = device.stopwatch().unwrap();
+    assert!(stopwatch.elapsed().is_err());
+    stopwatch.stop().unwrap();
+    assert!(stopwatch.elapsed().is_err());
+    for wait in [20, 1].map(std::time::Duration::from_millis) {
+        let began = std::time::Instant::now();
+        stopwatch.start().unwrap();
+        std::thread::sleep(wait);
+        stopwatch.stop().unwrap();
+        let elapsed = stopwatch.elapsed().unwrap();
+        assert!(elapsed >= wait && elapsed <= began.elapsed(), "{elapsed:?}");
+    }
+}

@@ -5,6 +5,7 @@ use std::sync::mpsc::{SyncSender, TrySendError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::check::check;
+use super::clock::StepTimes;
 use super::pages::PageCounts;
 use super::scheduler::SchedulerLimits;
 use super::{EventSink, Request, SubmitError};
@@ -29,6 +30,8 @@ pub struct Status {
     pub pages: PageCounts,
     /// Times a request had to give up its pages and was computed again.
     pub preemptions: u64,
+    /// Steps so far, with their times where they are taken.
+    pub steps: StepTimes,
 }
 
 /// Takes requests without blocking.
@@ -72,6 +75,7 @@ pub(super) struct Progress {
     pub(super) running: usize,
     pub(super) pages: PageCounts,
     pub(super) preemptions: u64,
+    pub(super) steps: StepTimes,
 }
 
 pub(super) struct Submission {
@@ -118,6 +122,7 @@ impl Engine for Handle {
             device_bytes_used: shared.device.tracker().total_bytes(),
             pages: progress.pages,
             preemptions: progress.preemptions,
+            steps: progress.steps,
         }
     }
 }

@@ -7,6 +7,7 @@
 //! | `options` | what an engine is set up with; the size of the KV cache |
 //! | `check` | what is refused before it waits |
 //! | `run` | the engine's thread: queue, steps, failure |
+//! | `clock` | how long steps take, and how much of that the device has nothing to do |
 //! | `scheduler` | what each step computes: admission, budget, preemption; no tensors |
 //! | `sequence` | a request's tokens and its pages |
 //! | `pages` | the page pool: who holds which page, which contents are known |
@@ -17,6 +18,7 @@
 mod batch;
 mod check;
 mod client;
+mod clock;
 mod handle;
 mod options;
 mod pages;
@@ -26,6 +28,7 @@ mod sampler;
 mod scheduler;
 mod sequence;
 
+pub use clock::StepTimes;
 pub use handle::{Engine, Handle, Status};
 pub use options::{CacheSize, EngineOptions, Trial};
 pub use pages::PageCounts;

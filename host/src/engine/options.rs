@@ -17,6 +17,9 @@ pub struct EngineOptions {
     pub cache: CacheSize,
     /// How often memory is checked to be where it should be.
     pub residency_check: Duration,
+    /// Take the time of each step, on the device and by the clock, for [`Status::steps`](super::Status::steps). It costs
+    /// some microseconds a step on a GPU.
+    pub time_steps: bool,
     /// Conditions that tests put the engine under.
     pub trial: Trial,
 }
@@ -46,13 +49,13 @@ impl EngineOptions {
     /// What suits the device.
     #[must_use]
     pub fn for_device(device: &Device) -> Self {
-        let (residency_check, trial) = (Duration::from_secs(60), Trial::default());
+        let (residency_check, time_steps, trial) = (Duration::from_secs(60), false, Trial::default());
         if device.is_cuda() {
             let cache = CacheSize::FreeFraction(0.9);
-            Self { queue: 256, chunk_tokens: 4096, max_running: 256, cache, residency_check, trial }
+            Self { queue: 256, chunk_tokens: 4096, max_running: 256, cache, residency_check, time_steps, trial }
         } else {
             let cache = CacheSize::Bytes(128 << 20);
-            Self { queue: 256, chunk_tokens: 256, max_running: 32, cache, residency_check, trial }
+            Self { queue: 256, chunk_tokens: 256, max_running: 32, cache, residency_check, time_steps, trial }
         }
     }
 

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::batch::Batch;
 use super::client::Client;
+use super::clock::StepClock;
 use super::handle::{Handle, Progress, Shared, Submission, lock};
 use super::sampler::{SampleRow, Sampled, Sampler};
 use super::scheduler::{NeverFits, Plan, Scheduler, SchedulerLimits};
@@ -60,6 +61,7 @@ pub fn spawn(model: Arc<Model>, options: EngineOptions) -> Result<(Handle, JoinH
     if let Some(seed) = options.trial.page_order {
         scheduler.pool.shuffle_free(seed);
     }
+    let clock = StepClock::new(&shared.device, options.time_steps)?;
     let mut worker = Worker {
         model,
         cache,
@@ -68,6 +70,7 @@ pub fn spawn(model: Arc<Model>, options: EngineOptions) -> Result<(Handle, JoinH
         scheduler,
         clients: BTreeMap::new(),
         batch: Batch::default(),
+        clock,
         counted_waiting: 0,
         recount_due: false,
         residency_check: options.residency_check,
@@ -106,6 +109,7 @@ struct Worker {
     /// The owners of what the scheduler has, running or waiting.
     clients: BTreeMap<SequenceId, Client>,
     batch: Batch,
+    clock: StepClock,
     /// How many of `Shared::waiting` are the scheduler's; the others are in the channel.
     counted_waiting: usize,
     /// Something was computed since the last recount.
@@ -131,6 +135,9 @@ impl Worker {
                 }
             } else if let Err(error) = self.step() {
                 self.fail(&error);
+            }
+            if self.scheduler.is_idle() {
+                self.clock.pause();
             }
             self.publish();
             if checked.elapsed() >= self.residency_check {
@@ -216,10 +223,11 @@ impl Worker {
                 rows.push(client.sample_row(position));
             }
         }
+        self.clock.start()?;
         if rows.is_empty() {
             self.model.forward(&self.batch.step(), &mut self.cache, &mut self.workspace)?;
             self.scheduler.commit(&plan);
-            return Ok(());
+            return self.clock.stop();
         }
         let sampled = if rows.iter().all(SampleRow::is_plain) {
             self.model.forward_greedy(&self.batch.step(), &mut self.cache, &mut self.workspace)?;
@@ -229,6 +237,7 @@ impl Worker {
             self.model.forward(&self.batch.step(), &mut self.cache, &mut self.workspace)?;
             self.sampler.sample(&self.workspace.logits(rows.len())?, &rows)?
         };
+        self.clock.stop()?;
         self.scheduler.commit(&plan);
         for ((id, position, cached_tokens), sampled) in chosen.into_iter().zip(sampled) {
             let Some(client) = self.clients.get_mut(&id) else { continue };
@@ -274,6 +283,7 @@ impl Worker {
             running: self.scheduler.running().len(),
             pages: self.scheduler.pages(),
             preemptions: self.scheduler.preemptions(),
+            steps: self.clock.times(),
         };
         // One operation: others count up at the same time.
         match waiting.checked_sub(self.counted_waiting) {

@@ -1,5 +1,5 @@
-//! HTTP, JSON and server-sent events: HTTP/1.1 and HTTP/2 without TLS on one port. The only place that names hyper and
-//! tokio; the rest of the program is plain threads.
+//! HTTP, JSON and server-sent events: HTTP/1.1 and HTTP/2 without TLS on one port. Only this and
+//! `client` name hyper and tokio; the rest of the program is plain threads.
 
 mod cancel;
 mod chat;

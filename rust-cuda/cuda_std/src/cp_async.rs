@@ -10,12 +10,32 @@ use crate::{Element, In, Shared};
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub fn copy<T: Element, const N: usize>(destination: &Shared<T>, to: usize, source: &In<'_, T>, from: usize) {
+    #[cfg(target_arch = "nvptx64")]
+    source.check(from, N);
+    // SAFETY: checked just above (on the CPU by the copy itself).
+    unsafe { copy_unchecked::<T, N>(destination, to, source, from) }
+}
+
+/// [`copy`] from elements that the caller has checked.
+///
+/// # Safety
+/// `from + N <= source.len()`.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub unsafe fn copy_unchecked<T: Element, const N: usize>(
+    destination: &Shared<T>,
+    to: usize,
+    source: &In<'_, T>,
+    from: usize,
+) {
     const { assert!(matches!(N * size_of::<T>(), 4 | 8 | 16)) };
     #[cfg(target_arch = "nvptx64")]
     {
-        let (to, from) = (destination.address_of(to), source.address(from, N));
-        // SAFETY: the source is inside its buffer (checked), the destination inside its array (the kernel's duty).
+        let to = destination.address_of(to);
+        // SAFETY: the source is inside its buffer (this function's contract), the destination inside its array (the
+        // kernel's duty).
         unsafe {
+            let from = source.address_unchecked(from);
             match N * size_of::<T>() {
                 16 => {
                     core::arch::asm!("cp.async.cg.shared.global [{}], [{}], 16;", in(reg32) to, in(reg64) from, options(nostack))

@@ -69,7 +69,7 @@ macro_rules! buffer_type {
             /// Ends the kernel unless `count` elements from `index` on are inside.
             #[inline(always)]
             #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-            fn check(&self, index: usize, count: usize) {
+            pub fn check(&self, index: usize, count: usize) {
                 if index.saturating_add(count) > self.length {
                     #[cfg(target_arch = "nvptx64")]
                     crate::trap();
@@ -218,11 +218,13 @@ writable!(InOut);
 
 impl<T: Element> In<'_, T> {
     /// The generic address of element `index`, for asynchronous copies.
+    ///
+    /// # Safety
+    /// `index < self.len()`.
     #[inline(always)]
     #[cfg(target_arch = "nvptx64")]
-    pub(crate) fn address(&self, index: usize, count: usize) -> *const T {
-        self.check(index, count);
-        // SAFETY: checked just above.
+    pub(crate) unsafe fn address_unchecked(&self, index: usize) -> *const T {
+        // SAFETY: inside the buffer by this function's contract.
         unsafe { self.pointer.add(index) }
     }
 

@@ -80,20 +80,22 @@ pub fn load_b_columns(tile: &Shared<bf16>, start: usize, stride: usize) -> [[u32
 }
 
 /// Two 16 x 8 operands B that follow each other in k: rows 0 to 15 and 16 to 31 of the same 8 columns, each of which is a
-/// row of the tile. One `ldmatrix.x4`, as [`load_a`].
+/// row of the tile; the tile has `rows` of them, the last of which stands for the others. One `ldmatrix.x4`, as [`load_a`].
 #[inline(always)]
 #[must_use]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-pub fn load_b_steps(tile: &Shared<bf16>, start: usize, stride: usize) -> [[u32; 2]; 2] {
+pub fn load_b_steps(tile: &Shared<bf16>, start: usize, stride: usize, rows: usize) -> [[u32; 2]; 2] {
     let lane = crate::thread::lane_id() as usize;
     #[cfg(target_arch = "nvptx64")]
     {
-        let [a, b, c, d] = ldmatrix(tile.address_of(start + lane % 8 * stride + lane / 8 * 8));
+        let row = if lane % 8 < rows { lane % 8 } else { rows - 1 };
+        let [a, b, c, d] = ldmatrix(tile.address_of(start + row * stride + lane / 8 * 8));
         [[a, b], [c, d]]
     }
     #[cfg(not(target_arch = "nvptx64"))]
     {
-        let at = start + lane / 4 * stride + lane % 4 * 2;
+        let row = if lane / 4 < rows { lane / 4 } else { rows - 1 };
+        let at = start + row * stride + lane % 4 * 2;
         [[pair(tile, at), pair(tile, at + 8)], [pair(tile, at + 16), pair(tile, at + 24)]]
     }
 }

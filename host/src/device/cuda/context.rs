@@ -66,6 +66,14 @@ pub(in crate::device) fn device_count() -> Result<usize, DeviceError> {
     }
 }
 
+/// The newest CUDA version that the driver serves, as major * 1000 + minor * 10; 0 where it does not say.
+pub(super) fn driver_version() -> i32 {
+    let mut version = 0;
+    // SAFETY: writes one int. Whoever has a device has loaded the driver.
+    let result = unsafe { sys::cuDriverGetVersion(&raw mut version) };
+    if result == CUresult::CUDA_SUCCESS { version } else { 0 }
+}
+
 /// The driver's name and text for a result.
 pub(super) fn describe(result: CUresult) -> String {
     let (mut name, mut text) = (std::ptr::null(), std::ptr::null());

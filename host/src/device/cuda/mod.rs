@@ -10,6 +10,7 @@
 //! | `module` | loading kernels, launching them |
 //! | `linear` | cuBLASLt |
 //! | `recording` | CUDA graphs |
+//! | `events` | points in the stream and the time between them |
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,6 +20,7 @@ use cuda_std::launch::{Grid, KernelDesc, Launch};
 use half::bf16;
 
 pub(super) use context::device_count;
+pub(super) use events::Events;
 pub(super) use memory::Memory;
 
 use super::buffer::DeviceId;
@@ -34,6 +36,7 @@ use module::Module;
 pub(super) use recording::Graph;
 
 mod context;
+mod events;
 mod linear;
 mod memory;
 mod module;
@@ -83,6 +86,15 @@ impl Cuda {
 
     pub(super) fn kernel_image(&self) -> &str {
         self.module.image()
+    }
+
+    pub(super) fn driver(&self) -> Option<String> {
+        let version = context::driver_version();
+        (version > 0).then(|| format!("CUDA {}.{}", version / 1000, version % 1000 / 10))
+    }
+
+    pub(super) fn events(&self) -> Result<Events, DeviceError> {
+        Events::new(&self.context)
     }
 
     pub(super) fn tracker(&self) -> &MemoryTracker {

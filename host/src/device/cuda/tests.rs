@@ -102,6 +102,7 @@ fn every_gpu_opens_and_describes_itself() {
         assert!((80..=200).contains(&device.compute_capability().unwrap()));
         assert!(device.multiprocessors() > 0);
         assert_eq!(device.kernel_image(), Some("sm_80"));
+        assert!(device.driver().unwrap().starts_with("CUDA 1"));
         let info = device.memory_info().unwrap();
         assert!(info.total_bytes >= 1 << 30 && info.free_bytes > 0 && info.free_bytes <= info.total_bytes);
     }
@@ -435,4 +436,32 @@ fn the_backend_switch_stays() {
     assert_eq!(device.clone().linear_backend(), LinearBackend::Kernel);
     device.set_linear_backend(LinearBackend::CublasLt);
     assert_eq!(device.linear_backend(), LinearBackend::CublasLt);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_stopwatch_counts_the_devices_time_and_not_the_hosts() {
+    let device = gpu();
+    let mut stopwatch = device.stopwatch().unwrap();
+    assert!(stopwatch.elapsed().is_err());
+    let mut memory = device.alloc::<u32>(64 << 20, MemoryKind::Other, "memory").unwrap();
+    let mut timed = |fills: usize, nap: std::time::Duration| {
+        device.synchronize().unwrap();
+        let began = std::time::Instant::now();
+        stopwatch.start().unwrap();
+        for _ in 0..fills {
+            device.fill_zero(&mut memory).unwrap();
+        }
+        stopwatch.stop().unwrap();
+        device.synchronize().unwrap();
+        // The host sleeps while the stopwatch has stopped: none of that is the device's.
+        let most = began.elapsed();
+        std::thread::sleep(nap);
+        let elapsed = stopwatch.elapsed().unwrap();
+        assert!(elapsed <= most, "{elapsed:?} of {most:?}");
+        elapsed
+    };
+    let one = timed(1, std::time::Duration::from_millis(50));
+    let twenty = timed(20, std::time::Duration::ZERO);
+    assert!(!one.is_zero() && twenty > 5 * one, "{one:?} {twenty:?}");
 }

@@ -1,0 +1,367 @@
+//! Times every kernel of `host::ops` by itself: on the CPU, and on the first GPU where there is one.
+//!
+//! `cargo bench --bench kernels -- [NAME]`, such as `gpu/attention_decode`. A time is the device's own, from an event
+//! before the launch to one after it (which is a microsecond or two for nothing at all), and each run finds the caches
+//! full of something else: a buffer larger than they are is overwritten first. Shapes are those of Qwen2.5-0.5B on a
+//! GPU and of a small model on the CPU. `GB/s` counts what must be moved at least; `elem` is one floating-point
+//! operation, so `Gelem/s` is GFLOP/s.
+#![expect(clippy::unwrap_used, reason = "a launch that fails ends the run")]
+
+use std::time::Duration;
+
+use criterion::{BenchmarkId, Criterion, Throughput};
+use cuda_std::Element;
+use half::bf16;
+use host::device::{Buffer, CpuOptions, Device, DeviceError, KernelImage, KernelImages, MemoryKind};
+use host::ops::{self, HeadShape, PAGE, Pages, Pairing, SampleParams};
+use host::testing::TestRng;
+
+const IMAGES: KernelImages<'static> = KernelImages {
+    images: &[
+        KernelImage { sm: 80, arch_specific: false, ptx: include_str!(env!("LOCKSTEP_PTX_SM_80")) },
+        KernelImage { sm: 90, arch_specific: true, ptx: include_str!(env!("LOCKSTEP_PTX_SM_90A")) },
+    ],
+};
+
+/// Larger than any cache of a GPU, and of most CPUs.
+const GPU_CACHE_BYTES: usize = 256 << 20;
+const CPU_CACHE_BYTES: usize = 64 << 20;
+
+/// What a case does to its own buffers.
+type Run = Box<dyn FnMut(&Device) -> Result<(), DeviceError>>;
+
+/// A model's dimensions and how much is asked of it.
+struct Shape {
+    hidden: usize,
+    ffn: usize,
+    vocab: usize,
+    heads: HeadShape,
+    /// Tokens of a decode step.
+    rows: Vec<usize>,
+    /// Tokens of their contexts.
+    context: usize,
+    /// Tokens of a prefill.
+    prompt: usize,
+}
+
+impl Shape {
+    fn of(device: &Device) -> Self {
+        let heads = HeadShape { query_heads: 14, kv_heads: 2, width: 64 };
+        if device.is_cuda() {
+            let (hidden, ffn, vocab) = (896, 4864, 151_936);
+            Self { hidden, ffn, vocab, heads, rows: vec![1, 64, 256], context: 1024, prompt: 4096 }
+        } else {
+            let heads = HeadShape { query_heads: 4, ..heads };
+            Self { hidden: 256, ffn: 512, vocab: 2048, heads, rows: vec![1, 8], context: 256, prompt: 128 }
+        }
+    }
+}
+
+/// Inputs: random, because a GPU is faster on zeros.
+struct Inputs<'a> {
+    device: &'a Device,
+    random: TestRng,
+}
+
+impl Inputs<'_> {
+    fn holding<T: Element>(&self, values: &[T]) -> Buffer<T> {
+        self.device.alloc_from(values, MemoryKind::Other, "bench").unwrap()
+    }
+
+    fn floats(&mut self, len: usize) -> Buffer<f32> {
+        let values: Vec<f32> = (0..len).map(|_| self.random.next_f32()).collect();
+        self.holding(&values)
+    }
+
+    fn halves(&mut self, len: usize) -> Buffer<bf16> {
+        let values: Vec<bf16> = (0..len).map(|_| bf16::from_f32(self.random.next_f32())).collect();
+        self.holding(&values)
+    }
+
+    fn below(&mut self, len: usize, end: usize) -> Buffer<u32> {
+        let values: Vec<u32> = (0..len).map(|_| self.random.below(end as u64) as u32).collect();
+        self.holding(&values)
+    }
+
+    fn same<T: Element>(&self, len: usize, value: T) -> Buffer<T> {
+        self.holding(&vec![value; len])
+    }
+}
+
+/// A device with its stopwatch and the memory that is overwritten between runs.
+struct Rig<'a> {
+    criterion: &'a mut Criterion,
+    device: &'a Device,
+    place: &'static str,
+    overwritten: Buffer<u32>,
+}
+
+impl Rig<'_> {
+    fn time(&mut self, kernel: &str, size: impl std::fmt::Display, throughput: Throughput, mut run: Run) {
+        let mut stopwatch = self.device.stopwatch().unwrap();
+        let mut group = self.criterion.benchmark_group(format!("{}/{kernel}", self.place));
+        group.throughput(throughput);
+        let (device, overwritten) = (self.device, &mut self.overwritten);
+        group.bench_function(BenchmarkId::from_parameter(size), |bencher| {
+            bencher.iter_custom(|iterations| {
+                let mut total = Duration::ZERO;
+                for _ in 0..iterations {
+                    // On a GPU the launch is queued while this is still being written, so no launch is waited for.
+                    device.fill_zero(&mut *overwritten).unwrap();
+                    stopwatch.start().unwrap();
+                    run(device).unwrap();
+                    stopwatch.stop().unwrap();
+                    total += stopwatch.elapsed().unwrap();
+                }
+                total
+            });
+        });
+    }
+
+    fn bytes(&mut self, kernel: &str, size: impl std::fmt::Display, bytes: usize, run: Run) {
+        self.time(kernel, size, Throughput::BytesDecimal(bytes as u64), run);
+    }
+}
+
+fn main() {
+    let mut criterion = Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(100))
+        .measurement_time(Duration::from_millis(500))
+        .without_plots()
+        .configure_from_args();
+    let cpu = Device::cpu(CpuOptions::default()).unwrap();
+    bench(&mut criterion, &cpu, "cpu", CPU_CACHE_BYTES);
+    if Device::cuda_count() > 0 {
+        let gpu = Device::cuda(0, &IMAGES, kernels_gpu::KERNELS).unwrap();
+        println!("{}, {} kernels", gpu.name(), gpu.kernel_image().unwrap_or_default());
+        bench(&mut criterion, &gpu, "gpu", GPU_CACHE_BYTES);
+    }
+    criterion.final_summary();
+}
+
+fn bench(criterion: &mut Criterion, device: &Device, place: &'static str, cache_bytes: usize) {
+    let overwritten = device.alloc::<u32>(cache_bytes / 4, MemoryKind::Other, "overwritten").unwrap();
+    let rig = &mut Rig { criterion, device, place, overwritten };
+    let inputs = &mut Inputs { device, random: TestRng::new(1) };
+    let shape = Shape::of(device);
+    for &rows in &shape.rows {
+        between_layers(rig, inputs, &shape, rows);
+        linear_layers(rig, inputs, &shape, rows);
+        attention(rig, inputs, &shape, rows);
+        from_logits(rig, inputs, &shape, rows);
+    }
+    prefill(rig, inputs, &shape);
+    comparison(rig, inputs);
+}
+
+fn between_layers(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, rows: usize) {
+    let Shape { hidden, ffn, vocab, heads, .. } = *shape;
+    let (ids, table) = (inputs.below(rows, vocab), inputs.halves(vocab * hidden));
+    let mut residual = inputs.floats(rows * hidden);
+    let run: Run = Box::new(move |device| {
+        ops::embedding(device, &ids.as_slice(), &table.as_slice(), &mut residual.as_slice_mut(), hidden)
+    });
+    rig.bytes("embedding", rows, rows * (4 + hidden * (2 + 4)), run);
+
+    let (x, weight, mut out) = (inputs.floats(rows * hidden), inputs.halves(hidden), inputs.halves(rows * hidden));
+    let run: Run =
+        Box::new(move |device| ops::rms_norm(device, &x.as_slice(), &weight.as_slice(), &mut out.as_slice_mut(), 1e-6));
+    rig.bytes("rms_norm", rows, rows * hidden * (4 + 2) + hidden * 2, run);
+
+    let width = heads.qkv_width();
+    let (mut x, bias) = (inputs.floats(rows * width), inputs.same(width, bf16::ZERO));
+    let run: Run = Box::new(move |device| ops::bias_add(device, &mut x.as_slice_mut(), &bias.as_slice()));
+    rig.bytes("bias_add", rows, rows * width * (4 + 4) + width * 2, run);
+
+    let (mut qkv, positions) = (inputs.floats(rows * width), inputs.below(rows, shape.context));
+    let angles = inputs.floats(shape.context * heads.width);
+    let run: Run = Box::new(move |device| {
+        let (positions, angles) = (positions.as_slice(), angles.as_slice());
+        ops::rotary(device, &mut qkv.as_slice_mut(), &positions, &angles, heads, Pairing::Halves)
+    });
+    let rotated = (heads.query_heads + heads.kv_heads) * heads.width;
+    rig.bytes("rotary", rows, rows * (rotated * (4 + 4) + heads.width * 4 + 4), run);
+
+    let (mut residual, x) = (inputs.floats(rows * hidden), inputs.same(rows * hidden, 0.0_f32));
+    let run: Run = Box::new(move |device| ops::residual_add(device, &mut residual.as_slice_mut(), &x.as_slice()));
+    rig.bytes("residual_add", rows, rows * hidden * 12, run);
+
+    let (x, mut out) = (inputs.halves(rows * 2 * ffn), inputs.halves(rows * ffn));
+    let run: Run = Box::new(move |device| ops::silu_mul(device, &x.as_slice(), &mut out.as_slice_mut(), ffn));
+    rig.bytes("silu_mul", rows, rows * ffn * (2 * 2 + 2), run);
+
+    let (x, list, mut out) = (inputs.floats(rows * hidden), inputs.below(rows, rows), inputs.floats(rows * hidden));
+    let run: Run = Box::new(move |device| {
+        ops::gather_rows(device, &x.as_slice(), &list.as_slice(), &mut out.as_slice_mut(), hidden)
+    });
+    rig.bytes("gather_rows", rows, rows * (hidden * (4 + 4) + 4), run);
+}
+
+fn linear_layers(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, rows: usize) {
+    let Shape { hidden, ffn, vocab, heads, .. } = *shape;
+    let layers = [
+        ("qkv", heads.qkv_width(), hidden),
+        ("attention output", hidden, heads.query_width()),
+        ("gate and up", 2 * ffn, hidden),
+        ("down", hidden, ffn),
+        ("head", vocab, hidden),
+    ];
+    for (layer, n, k) in layers {
+        let size = format!("{layer} [{n}, {k}] x {rows}");
+        let bytes = 2 * (rows * k + n * k) + 4 * rows * n;
+        let (x, weight) = (inputs.halves(rows * k), inputs.halves(n * k));
+        let (weight, mut out) =
+            (rig.device.prepare_weight(weight, n, k, false).unwrap(), inputs.same(rows * n, 0.0_f32));
+        let run: Run = Box::new(move |device| ops::linear(device, &x.as_slice(), &weight, &mut out.as_slice_mut()));
+        rig.bytes("linear", &size, bytes, run);
+
+        let (x, weight, mut out) = (inputs.halves(rows * k), inputs.halves(n * k), inputs.same(rows * n, 0.0_f32));
+        let run: Run = Box::new(move |device| {
+            ops::linear_kernel(device, &x.as_slice(), &weight.as_slice(), &mut out.as_slice_mut(), k)
+        });
+        rig.bytes("linear_kernel", &size, bytes, run);
+    }
+    // The plain chain is for comparisons only; one shape says how long they take.
+    let (n, k) = (hidden, hidden);
+    let (x, weight, mut out) = (inputs.halves(rows * k), inputs.halves(n * k), inputs.same(rows * n, 0.0_f32));
+    let run: Run = Box::new(move |device| {
+        ops::linear_plain(device, &x.as_slice(), &weight.as_slice(), &mut out.as_slice_mut(), k)
+    });
+    rig.bytes("linear_plain", format!("[{n}, {k}] x {rows}"), 2 * (rows * k + n * k) + 4 * rows * n, run);
+}
+
+/// Pages of `rows` sequences of `context` tokens: keys, values, page tables, where each row's table starts.
+fn pages(
+    inputs: &mut Inputs<'_>,
+    heads: HeadShape,
+    rows: usize,
+    context: usize,
+) -> (Buffer<bf16>, Buffer<bf16>, Buffer<u32>, Buffer<u32>) {
+    let per_row = context.div_ceil(PAGE);
+    let elements = rows * per_row * heads.page_elements();
+    let tables: Vec<u32> = (0..(rows * per_row) as u32).collect();
+    let starts: Vec<u32> = (0..rows as u32).map(|row| row * per_row as u32).collect();
+    (inputs.halves(elements), inputs.halves(elements), inputs.holding(&tables), inputs.holding(&starts))
+}
+
+fn attention(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, rows: usize) {
+    let Shape { heads, context, .. } = *shape;
+    let (kv_width, last) = (heads.kv_heads * heads.width, context as u32 - 1);
+    let (mut keys, mut values, tables, starts) = pages(inputs, heads, rows, context);
+    let (qkv, positions) = (inputs.floats(rows * heads.qkv_width()), inputs.same(rows, last));
+    let run: Run = Box::new(move |device| {
+        let (positions, starts, tables) = (positions.as_slice(), starts.as_slice(), tables.as_slice());
+        let (keys, values) = (&mut keys.as_slice_mut(), &mut values.as_slice_mut());
+        ops::kv_write(device, &qkv.as_slice(), &positions, &starts, &tables, keys, values, heads)
+    });
+    rig.bytes("kv_write", rows, rows * 2 * kv_width * (4 + 2), run);
+
+    let (keys, values, tables, starts) = pages(inputs, heads, rows, context);
+    let (qkv, positions) = (inputs.floats(rows * heads.qkv_width()), inputs.same(rows, last));
+    let mut partials = inputs.same(ops::partials_len(heads, rows, context.div_ceil(PAGE)), 0.0_f32);
+    let mut out = inputs.same(rows * heads.query_width(), bf16::ZERO);
+    let run: Run = Box::new(move |device| {
+        let pages = Pages { keys: keys.as_slice(), values: values.as_slice() };
+        let (positions, starts, tables) = (positions.as_slice(), starts.as_slice(), tables.as_slice());
+        let (partials, out) = (&mut partials.as_slice_mut(), &mut out.as_slice_mut());
+        ops::attention_decode(
+            device,
+            &qkv.as_slice(),
+            pages,
+            &positions,
+            &starts,
+            &tables,
+            partials,
+            out,
+            heads,
+            context,
+        )
+    });
+    rig.bytes("attention_decode", format!("{rows} at {context}"), rows * context * 2 * kv_width * 2, run);
+}
+
+fn from_logits(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, rows: usize) {
+    const LISTED: usize = 20;
+    let (vocab, len) = (shape.vocab, rows * shape.vocab);
+    let (logits, mut ids) = (inputs.floats(len), inputs.same(rows, 0_u32));
+    let run: Run = Box::new(move |device| ops::argmax(device, &logits.as_slice(), &mut ids.as_slice_mut()));
+    rig.bytes("argmax", rows, len * 4, run);
+
+    let (mut logits, temperatures) = (inputs.floats(len), inputs.same(rows, 0.999_f32));
+    let run: Run =
+        Box::new(move |device| ops::temperature(device, &mut logits.as_slice_mut(), &temperatures.as_slice()));
+    rig.bytes("temperature", rows, len * 8, run);
+
+    // As many different tokens of each row as a short answer has.
+    let penalised = 128.min(vocab);
+    let entries = rows * penalised;
+    let entry_rows: Vec<u32> = (0..entries).map(|entry| (entry / penalised) as u32).collect();
+    let tokens: Vec<u32> = (0..entries).map(|entry| (entry % penalised * (vocab / penalised)) as u32).collect();
+    let (entry_rows, tokens) = (inputs.holding(&entry_rows), inputs.holding(&tokens));
+    let (counts, biases) = (inputs.same(entries, 1_u32), inputs.same(entries, 0.0_f32));
+    let (mut logits, ones, zeros) = (inputs.floats(len), inputs.same(rows, 1.0_f32), inputs.same(rows, 0.0_f32));
+    let run: Run = Box::new(move |device| {
+        let (entry_rows, tokens, counts) = (entry_rows.as_slice(), tokens.as_slice(), counts.as_slice());
+        let (biases, ones, zeros) = (biases.as_slice(), ones.as_slice(), zeros.as_slice());
+        let logits = &mut logits.as_slice_mut();
+        ops::penalties(device, logits, &entry_rows, &tokens, &counts, &biases, &ones, &zeros, &zeros)
+    });
+    rig.bytes("penalties", rows, entries * (4 * 4 + 8), run);
+
+    for (what, top_k, top_p) in [("temperature alone", 0, 1.0), ("top-k 50, top-p 0.95", 50, 0.95_f32)] {
+        let (logits, mut ids) = (inputs.floats(len), inputs.same(rows, 0_u32));
+        let (seeds, positions, top_ks) = (inputs.same(rows, 7_u64), inputs.same(rows, 9_u32), inputs.same(rows, top_k));
+        let (top_ps, min_ps) = (inputs.same(rows, top_p), inputs.same(rows, 0.0_f32));
+        let run: Run = Box::new(move |device| {
+            let params = SampleParams {
+                seeds: seeds.as_slice(),
+                positions: positions.as_slice(),
+                top_ks: top_ks.as_slice(),
+                top_ps: top_ps.as_slice(),
+                min_ps: min_ps.as_slice(),
+            };
+            ops::sample(device, &logits.as_slice(), params, &mut ids.as_slice_mut())
+        });
+        rig.bytes("sample", format!("{rows}, {what}"), len * 4, run);
+    }
+
+    let (logits, chosen) = (inputs.floats(len), inputs.below(rows, vocab));
+    let (mut ids, mut values) = (inputs.same(rows * LISTED, 0_u32), inputs.same(rows * (1 + LISTED), 0.0_f32));
+    let run: Run = Box::new(move |device| {
+        let mut out = ops::LogProbs { ids: ids.as_slice_mut(), values: values.as_slice_mut() };
+        ops::log_probs(device, &logits.as_slice(), &chosen.as_slice(), &mut out)
+    });
+    rig.bytes("log_probs", rows, len * 4, run);
+}
+
+fn prefill(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape) {
+    let Shape { hidden, ffn, heads, prompt, .. } = *shape;
+    let (keys, values, tables, _) = pages(inputs, heads, 1, prompt);
+    let (qkv, mut out) =
+        (inputs.floats(prompt * heads.qkv_width()), inputs.same(prompt * heads.query_width(), bf16::ZERO));
+    let run: Run = Box::new(move |device| {
+        let pages = Pages { keys: keys.as_slice(), values: values.as_slice() };
+        let (qkv, tables, out) = (qkv.as_slice(), tables.as_slice(), &mut out.as_slice_mut());
+        ops::attention_prefill(device, &qkv, pages, &tables, out, heads, 0)
+    });
+    // A product and a sum for each score and for its value; causal, so half of all pairs.
+    let flops = 4 * heads.query_width() * (prompt * (prompt + 1) / 2);
+    rig.time("attention_prefill", prompt, Throughput::Elements(flops as u64), run);
+
+    let (n, k) = (2 * ffn, hidden);
+    let (x, weight) = (inputs.halves(prompt * k), inputs.halves(n * k));
+    let weight = rig.device.prepare_weight(weight, n, k, false).unwrap();
+    let mut out = inputs.same(prompt * n, bf16::ZERO);
+    let run: Run = Box::new(move |device| ops::linear(device, &x.as_slice(), &weight, &mut out.as_slice_mut()));
+    let flops = 2 * prompt * n * k;
+    rig.time("linear", format!("gate and up [{n}, {k}] x {prompt}"), Throughput::Elements(flops as u64), run);
+}
+
+/// The self-test's own kernel. Its time has an allocation and a download in it.
+fn comparison(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>) {
+    const LEN: usize = 1 << 20;
+    let (a, b) = (inputs.floats(LEN), inputs.floats(LEN));
+    let run: Run = Box::new(move |device| ops::differing(device, &a.as_slice(), &b.as_slice()).map(|_| ()));
+    rig.bytes("differing", LEN, LEN * 8, run);
+}
