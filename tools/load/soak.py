@@ -12,7 +12,8 @@ import json
 import random
 import time
 
-from client import PATIENCE, Answer, Failed, Server, percentile, random_tokens, run
+import client
+from client import Answer, Failed, Server, percentile, random_tokens, run
 
 # Bodies that are refused at once, and with which status.
 REFUSED = [
@@ -59,7 +60,7 @@ class Soak:
             try:
                 await act(rng)
             except asyncio.TimeoutError:
-                self.fault("stuck", f"{act.__name__}: nothing came for {PATIENCE} s")
+                self.fault("stuck", f"{act.__name__}: nothing came for {client.PATIENCE} s")
             except (Failed, ConnectionError, asyncio.IncompleteReadError, ValueError, KeyError) as error:
                 self.fault("broken", f"{act.__name__}: {type(error).__name__} {error}")
                 await asyncio.sleep(0.5)
@@ -154,7 +155,8 @@ class Soak:
     async def refused(self, rng):
         path, body, expected = rng.choice(REFUSED)
         status, answer = await self.server.ask("POST", path, body)
-        if status != expected or not answer:
+        # A full server says so first, whatever the request.
+        if status not in (expected, 429) or not answer:
             self.fault("refused otherwise", f"{path} {body}: {status} {answer}")
         self.counts["bad requests, answered"] += 1
 
@@ -194,8 +196,10 @@ async def main():
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--different", type=int, default=200, help="different requests")
     parser.add_argument("--pid", type=int, help="of the server, on this machine")
+    parser.add_argument("--patience", type=float, default=300, help="seconds after which a silent stream is stuck")
     parser.add_argument("--growth", type=float, default=0.05, help="share by which the resident size may grow")
     arguments = parser.parse_args()
+    client.PATIENCE = arguments.patience
     server = Server(arguments.url)
     soak = Soak(server, await server.health(), arguments)
     clients = asyncio.gather(*(soak.client(number) for number in range(arguments.clients)))
