@@ -55,7 +55,7 @@ fn no_request_can_tell_its_company_on_the_cpu() {
 #[test]
 #[ignore = "needs a GPU"]
 fn no_request_can_tell_its_company_on_the_gpu() {
-    no_request_can_tell_its_company(&devices::cuda(), Size::FULL);
+    no_request_can_tell_its_company(&devices::cuda(), Size::with_company(31));
 }
 
 /// Races, and reads of memory that nobody wrote: none, though requests share pages, join and leave.

@@ -257,6 +257,28 @@ fn one_seed_gives_one_answer_and_without_one_it_is_reported() {
 }
 
 #[test]
+fn golden_digests_are_recorded_compared_and_found_wrong() {
+    let (guard, model) = model();
+    let file = guard.path().join("golden.json");
+    let verify = |option: &str| {
+        let (model, file) = (model.to_str().unwrap(), file.to_str().unwrap());
+        lockstep(&["verify", "--model", model, "--device", "cpu", option, file])
+    };
+    let line = failure(&["verify", "--model", model.to_str().unwrap(), "--device", "cpu", "--golden", "/nowhere/file"]);
+    assert!(line.contains("/nowhere/file"), "{line}");
+    assert_eq!(verify("--write-golden").code, Some(0));
+    // Another process.
+    let equal = verify("--golden");
+    assert_eq!(equal.code, Some(0), "{}{}", equal.stdout, equal.stderr);
+    assert!(equal.stdout.lines().filter(|line| line.starts_with("ok ")).count() >= 4, "{}", equal.stdout);
+    edit_json(&file, |golden| golden["CPU executor"]["small"]["answers"]["greedy"] = "00".into());
+    let other = verify("--golden");
+    assert_eq!(other.code, Some(1));
+    assert_eq!(other.stdout.lines().filter(|line| line.starts_with("FAIL")).count(), 1, "{}", other.stdout);
+    assert!(other.stdout.contains("request greedy"), "{}", other.stdout);
+}
+
+#[test]
 fn token_ids_may_come_from_a_file_and_need_no_tokenizer() {
     let (_guard, model) = model();
     fs::write(model.join("ids"), "5, 6\n7\n").unwrap();
