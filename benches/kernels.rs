@@ -13,7 +13,7 @@ use criterion::{BenchmarkId, Criterion, Throughput};
 use cuda_std::Element;
 use half::bf16;
 use host::device::{Buffer, CpuOptions, Device, DeviceError, KernelImage, KernelImages, MemoryKind};
-use host::ops::{self, HeadShape, PAGE, Pages, Pairing, SampleParams};
+use host::ops::{self, DecodeScratch, PrefillTiles, Segment, HeadShape, PAGE, Pages, Pairing, SampleParams};
 use host::testing::TestRng;
 
 const IMAGES: KernelImages<'static> = KernelImages {
@@ -260,11 +260,14 @@ fn attention(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, rows: us
     let (keys, values, tables, starts) = pages(inputs, heads, rows, context);
     let (qkv, positions) = (inputs.floats(rows * heads.qkv_width()), inputs.same(rows, last));
     let mut partials = inputs.same(ops::partials_len(heads, rows, context.div_ceil(PAGE)), 0.0_f32);
+    let mut counters = inputs.same(ops::counters_len(heads, rows), 0_u32);
     let mut out = inputs.same(rows * heads.query_width(), bf16::ZERO);
     let run: Run = Box::new(move |device| {
         let pages = Pages { keys: keys.as_slice(), values: values.as_slice() };
         let (positions, starts, tables) = (positions.as_slice(), starts.as_slice(), tables.as_slice());
-        let (partials, out) = (&mut partials.as_slice_mut(), &mut out.as_slice_mut());
+        let scratch =
+            &mut DecodeScratch { partials: partials.as_slice_mut(), counters: counters.as_slice_mut() };
+        let out = &mut out.as_slice_mut();
         ops::attention_decode(
             device,
             &qkv.as_slice(),
@@ -272,7 +275,7 @@ fn attention(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, rows: us
             &positions,
             &starts,
             &tables,
-            partials,
+            scratch,
             out,
             heads,
             context,
@@ -340,10 +343,13 @@ fn prefill(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape) {
     let (keys, values, tables, _) = pages(inputs, heads, 1, prompt);
     let (qkv, mut out) =
         (inputs.floats(prompt * heads.qkv_width()), inputs.same(prompt * heads.query_width(), bf16::ZERO));
+    let segment = Segment { first_row: 0, rows: prompt, first_position: 0, table_start: 0 };
+    let tiles = PrefillTiles::sized([segment].into_iter(), false).expect("a prompt is short");
+    let numbers = inputs.holding(&tiles.numbers);
     let run: Run = Box::new(move |device| {
         let pages = Pages { keys: keys.as_slice(), values: values.as_slice() };
         let (qkv, tables, out) = (qkv.as_slice(), tables.as_slice(), &mut out.as_slice_mut());
-        ops::attention_prefill(device, &qkv, pages, &tables, out, heads, 0)
+        ops::attention_prefill(device, &qkv, pages, &tables, &tiles, &numbers.as_slice(), out, heads)
     });
     // A product and a sum for each score and for its value; causal, so half of all pairs.
     let flops = 4 * heads.query_width() * (prompt * (prompt + 1) / 2);

@@ -28,6 +28,8 @@ pub(crate) enum Command {
     Verify(VerifyArguments),
     /// Time decode, prefill, sampling and loading, beside what the device can do at most; or a server under load
     Bench(BenchArguments),
+    /// Send recorded requests to a server again; exits with 1 unless every answer is the same
+    Replay(ReplayArguments),
 }
 
 impl Command {
@@ -37,6 +39,7 @@ impl Command {
             source: ModelArguments { model: None, device: DeviceChoice::Auto },
             host: "127.0.0.1".into(),
             port: 8080,
+            record: None,
             capacity: CapacityArguments::default(),
         })
     }
@@ -63,6 +66,10 @@ pub(crate) struct ServeArguments {
     /// Port to listen on; 0 takes a free one
     #[arg(long, default_value_t = 8080)]
     pub(crate) port: u16,
+    /// Append each request that was answered to the end, and its answer, to this file, a JSON object a line: what
+    /// lockstep replay reads. It holds prompts and texts
+    #[arg(long, value_name = "FILE")]
+    pub(crate) record: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) capacity: CapacityArguments,
 }
@@ -73,6 +80,10 @@ pub(crate) struct CapacityArguments {
     /// Requests generated at once at most; more wait [default: 256 on a GPU, 32 on a CPU]
     #[arg(long, value_name = "N", value_parser = at_least_one::<usize>)]
     pub(crate) max_running: Option<usize>,
+    /// Tokens that the waiting requests may come to together, prompts and longest answers; beyond it new ones get 429
+    /// [default: 1048576]
+    #[arg(long, value_name = "TOKENS", value_parser = at_least_one::<usize>)]
+    pub(crate) max_queued_tokens: Option<usize>,
     /// Memory for the KV cache, in bytes; it gets what one full context needs in any case [default on a CPU: 134217728]
     #[arg(long, value_name = "BYTES", conflicts_with = "kv_cache_fraction", value_parser = at_least_one::<u64>)]
     pub(crate) kv_cache_bytes: Option<u64>,
@@ -89,6 +100,7 @@ impl CapacityArguments {
     /// `options` with what was asked for.
     pub(crate) fn apply(&self, mut options: EngineOptions) -> EngineOptions {
         options.max_running = self.max_running.unwrap_or(options.max_running);
+        options.queue_tokens = self.max_queued_tokens.unwrap_or(options.queue_tokens);
         options.cache = match (self.kv_cache_bytes, self.kv_cache_fraction) {
             (Some(bytes), _) => CacheSize::Bytes(bytes),
             (None, Some(fraction)) => CacheSize::FreeFraction(fraction),
@@ -156,6 +168,20 @@ pub(crate) struct VerifyArguments {
     /// Record this device's and model's golden digests in FILE, beside those of others
     #[arg(long, value_name = "FILE", conflicts_with = "golden")]
     pub(crate) write_golden: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ReplayArguments {
+    /// A JSON object a line: {"endpoint": "/v1/chat/completions", "request": {...}, "response": {...}}, where response is
+    /// the answer or its "lockstep" object
+    #[arg(value_name = "FILE")]
+    pub(crate) file: PathBuf,
+    /// The server to ask
+    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8080")]
+    pub(crate) url: String,
+    /// Requests under way at once; it changes no answer
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = at_least_one::<usize>)]
+    pub(crate) concurrency: usize,
 }
 
 /// The value of `--device`.
@@ -266,12 +292,18 @@ mod tests {
 
     #[test]
     fn serve_takes_model_device_host_and_port() {
-        let line = "serve --model m --device cuda:3 --host 0.0.0.0 --port 9000";
+        let line = "serve --model m --device cuda:3 --host 0.0.0.0 --port 9000 --record r.jsonl";
         let Some(Command::Serve(given)) = parse(line).unwrap().command else { panic!() };
         let source = ModelArguments { model: Some("m".into()), device: DeviceChoice::Cuda(3) };
         assert_eq!(
             given,
-            ServeArguments { source, host: "0.0.0.0".into(), port: 9000, capacity: CapacityArguments::default() }
+            ServeArguments {
+                source,
+                host: "0.0.0.0".into(),
+                port: 9000,
+                record: Some("r.jsonl".into()),
+                capacity: CapacityArguments::default()
+            }
         );
     }
 
@@ -289,6 +321,7 @@ mod tests {
         let options = |line: &str| capacity(line).apply(default);
         let unchanged = options("");
         assert_eq!((unchanged.max_running, unchanged.cache), (default.max_running, default.cache));
+        assert_eq!((unchanged.queue_tokens, options("--max-queued-tokens 9").queue_tokens), (1 << 20, 9));
         let given = options("--max-running 3 --kv-cache-bytes 5000000000");
         assert_eq!((given.max_running, given.cache), (3, CacheSize::Bytes(5_000_000_000)));
         assert_eq!(options("--kv-cache-fraction 0.25").cache, CacheSize::FreeFraction(0.25));
@@ -305,6 +338,18 @@ mod tests {
         assert_eq!(company("verify"), None);
         assert_eq!(company("verify --batch"), Some(255));
         assert_eq!(company("verify --batch=9 --device cpu"), Some(9));
+    }
+
+    #[test]
+    fn replay_takes_file_url_and_concurrency() {
+        let given = |line: &str| match parse(&format!("replay {line}")).unwrap().command {
+            Some(Command::Replay(arguments)) => (arguments.file, arguments.url, arguments.concurrency),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(given("a.jsonl"), ("a.jsonl".into(), "http://127.0.0.1:8080".to_owned(), 4));
+        assert_eq!(given("a --url http://b:1 --concurrency 9"), ("a".into(), "http://b:1".to_owned(), 9));
+        assert_eq!(refused("replay"), ErrorKind::MissingRequiredArgument);
+        assert_eq!(refused("replay a --concurrency 0"), ErrorKind::ValueValidation);
     }
 
     #[test]
@@ -371,6 +416,7 @@ mod tests {
         assert_eq!(refused("serve --port 65536"), ErrorKind::ValueValidation);
         for option in [
             "--max-running 0",
+            "--max-queued-tokens 0",
             "--max-running=-1",
             "--kv-cache-bytes 0",
             "--kv-cache-bytes 1.5",

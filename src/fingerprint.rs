@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use host::device::contract;
 use host::model::Model;
 use sha2::{Digest, Sha256};
 
@@ -9,11 +10,13 @@ use sha2::{Digest, Sha256};
 const FILES: [&str; 5] =
     ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
 
-/// A digest of the weights, the tokenizer and template, this program's version and GPU kernels, and the device's name. Two
-/// answers to one request under one fingerprint are equal. Builds of one version from changed sources are not told apart.
+/// A digest of the weights, the tokenizer and template, this program's sources, compiler and GPU kernels, the version of the
+/// numeric contract, and the device's name. Two answers to one request under one fingerprint are equal.
 pub(crate) fn fingerprint(model: &Model, folder: &Path, kernels: &[&str]) -> String {
     let mut parts: Vec<Vec<u8>> = vec![
         env!("CARGO_PKG_VERSION").into(),
+        env!("LOCKSTEP_BUILD").into(),
+        contract::VERSION.to_le_bytes().to_vec(),
         model.device().name().into(),
         model.device().kernel_image().unwrap_or_default().into(),
         model.fingerprint().to_vec(),

@@ -1,5 +1,5 @@
-//! The `lockstep` command: serves a model over HTTP, answers one prompt, checks the numeric contract, or
-//! measures how fast it is.
+//! The `lockstep` command: serves a model over HTTP, answers one prompt, checks the numeric contract, asks a server
+//! recorded requests again, or measures how fast it is.
 //!
 //! Exit codes: 0 done, 1 failed (one line on standard error says why and what to do), 2 wrong usage.
 
@@ -27,6 +27,7 @@ fn main() -> ExitCode {
         Command::Generate(arguments) => commands::generate::run(&arguments),
         Command::Verify(arguments) => commands::verify::run(&arguments),
         Command::Bench(arguments) => commands::bench::run(&arguments),
+        Command::Replay(arguments) => commands::replay::run(&arguments),
     };
     outcome.unwrap_or_else(|error| {
         eprintln!("error: {}", one_line(&error.to_string()));
@@ -38,7 +39,9 @@ fn main() -> ExitCode {
 fn log_to_stderr(command: &Command) {
     let level = match command {
         Command::Serve(_) => tracing_subscriber::filter::LevelFilter::INFO,
-        Command::Generate(_) | Command::Verify(_) | Command::Bench(_) => tracing_subscriber::filter::LevelFilter::WARN,
+        Command::Generate(_) | Command::Verify(_) | Command::Bench(_) | Command::Replay(_) => {
+            tracing_subscriber::filter::LevelFilter::WARN
+        }
     };
     tracing_subscriber::fmt()
         .with_max_level(level)

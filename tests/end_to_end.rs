@@ -186,6 +186,131 @@ fn a_seed_is_an_answer() {
     assert_ne!(server.ask(COMPLETIONS, &request)["seed"], seed);
 }
 
+/// The receipt of a stream, which is on its last chunk and on no other.
+fn receipt(events: &[Event]) -> Value {
+    let chunks: Vec<Value> = events.iter().filter(|event| event.data != "[DONE]").map(Event::json).collect();
+    let (last, before) = chunks.split_last().unwrap();
+    assert!(last["lockstep"].is_object() && before.iter().all(|chunk| chunk["lockstep"].is_null()));
+    last["lockstep"].clone()
+}
+
+#[test]
+fn choices_are_requests_with_seeds_of_their_own() {
+    let server = Running::demo();
+    // More than a page, so that there is one to share.
+    let prompt = "Once upon a time. ".repeat(8) + ANYTHING;
+    let request = json!({"prompt": prompt, "max_tokens": 20, "temperature": 1.2, "seed": 77, "logprobs": 3,
+        "ignore_eos": true});
+    let together = server.ask(COMPLETIONS, &with(request.clone(), json!({"n": 4, "best_of": 4})));
+    let choices = together["choices"].as_array().unwrap();
+    let texts: BTreeSet<&str> = choices.iter().map(|choice| choice["text"].as_str().unwrap()).collect();
+    assert!(choices.len() == 4 && texts.len() > 1, "{texts:?}");
+    let health = server.get("/health").json();
+    assert!(health["prefix_cache_hits"].as_u64() >= Some(3), "{health}");
+    let mut used = 0;
+    for (choice, receipt) in choices.iter().zip(together["lockstep"]["choices"].as_array().unwrap()) {
+        let alone = server.ask(COMPLETIONS, &with(request.clone(), json!({"seed": receipt["seed"]})));
+        for name in ["text", "logprobs", "finish_reason"] {
+            assert_eq!(alone["choices"][0][name], choice[name], "{name}");
+        }
+        assert_eq!((&alone["lockstep"]["digest"], &receipt["index"]), (&receipt["digest"], &choice["index"]));
+        used += alone["usage"]["completion_tokens"].as_u64().unwrap();
+        assert_eq!(alone["usage"]["prompt_tokens"], together["usage"]["prompt_tokens"]);
+    }
+    assert_eq!(together["lockstep"]["choices"][0]["seed"], 77);
+    assert_eq!(together["usage"]["completion_tokens"], used);
+    // In a stream, as a chat, and where some other choices run beside.
+    let streamed = server.stream(COMPLETIONS, &with(request.clone(), json!({"n": 4, "stream": true}))).events();
+    assert_eq!(receipt(&streamed), together["lockstep"]);
+    let other = server.ask(COMPLETIONS, &with(request, json!({"n": 3, "seed": 78})));
+    assert_ne!(other["lockstep"]["digest"], together["lockstep"]["digest"]);
+    let chat = chat(SUM, json!({"n": 2, "temperature": 0.7, "seed": 3, "logprobs": true}));
+    let whole = server.ask(CHAT, &chat);
+    let streamed = server.stream(CHAT, &with(chat, json!({"stream": true}))).events();
+    assert_eq!(receipt(&streamed), whole["lockstep"]);
+}
+
+#[test]
+fn a_repeated_prompt_has_the_log_probabilities_of_its_generation() {
+    let server = Running::demo();
+    let request =
+        json!({"prompt": chat_ids(SUM), "temperature": 0, "max_tokens": 30, "logprobs": 4, "ignore_eos": true});
+    let generated = server.ask(COMPLETIONS, &with(request.clone(), json!({"echo": true})));
+    let echoed = &generated["choices"][0];
+    let text = echoed["text"].as_str().unwrap();
+    assert!(text.starts_with("user\nWhat is 12 + 30?\nassistant\n"), "{text:?}");
+    assert_eq!(echoed["logprobs"]["tokens"].as_array().unwrap().len(), chat_ids(SUM).len() + 30);
+    // What was generated, sent as a prompt: its tokens are bytes.
+    let plain = server.ask(COMPLETIONS, &request);
+    let answer = plain["choices"][0]["text"].as_str().unwrap();
+    assert!(text.ends_with(answer) && answer.len() == 30, "{answer:?}");
+    let again = [chat_ids(SUM), answer.bytes().map(u32::from).collect()].concat();
+    let scored = server.ask(COMPLETIONS, &json!({"prompt": again, "max_tokens": 0, "echo": true, "logprobs": 4}));
+    assert_eq!(scored["choices"][0]["logprobs"], echoed["logprobs"]);
+    assert_eq!((&scored["choices"][0]["text"], &scored["usage"]["completion_tokens"]), (&echoed["text"], &json!(0)));
+}
+
+/// Exit code and output.
+fn replayed(path: &std::path::Path, server: &Running) -> (Option<i32>, String) {
+    let url = format!("http://{}", server.address);
+    let arguments = [path.as_os_str(), "--url".as_ref(), url.as_ref(), "--concurrency".as_ref(), "8".as_ref()];
+    let done = Command::new(env!("CARGO_BIN_EXE_lockstep")).arg("replay").args(arguments).output().unwrap();
+    (done.status.code(), String::from_utf8(done.stdout).unwrap() + &String::from_utf8(done.stderr).unwrap())
+}
+
+#[test]
+fn recorded_answers_come_again_on_another_server() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("answers.jsonl");
+    let mut server = Running::demo_with(&["--record", path.to_str().unwrap()]);
+    let hot = json!({"max_tokens": 24, "temperature": 0.9, "ignore_eos": true});
+    for place in 0..6 {
+        let text = with(hot.clone(), json!({"prompt": ANYTHING, "logprobs": place}));
+        server.ask(COMPLETIONS, &text);
+        server.stream(COMPLETIONS, &with(text, json!({"stream": true, "n": 2, "echo": true}))).events();
+        server.ask(CHAT, &chat(SUM, with(hot.clone(), json!({"seed": place, "n": 1 + place}))));
+        server.stream(CHAT, &chat(SUM, with(hot.clone(), json!({"stream": true})))).events();
+        server.stream("/execute", &json!({"job_id": "j", "prompt": ANYTHING, "max_tokens": 20})).events();
+    }
+    // What was answered is in the file when the server has ended.
+    server.terminate();
+    assert_eq!(server.exit_status().code(), Some(0));
+    let records = std::fs::read_to_string(&path).unwrap();
+    assert_eq!(records.lines().count(), 30);
+
+    let other = Running::demo_with(&["--max-running", "3", "--kv-cache-bytes", "1"]);
+    let (code, said) = replayed(&path, &other);
+    assert_eq!(
+        (code, said.as_str()),
+        (Some(0), "30 requests: 30 the same, 0 different, 0 not answered, 0 not readable\n")
+    );
+    // Planted: one bit of one seed.
+    let mut lines: Vec<Value> = records.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let seed = lines[6]["response"]["lockstep"]["seed"].as_u64().unwrap() ^ 1;
+    lines[6]["request"]["seed"] = json!(seed);
+    std::fs::write(&path, lines.iter().map(|line| format!("{line}\n")).collect::<String>()).unwrap();
+    let (code, said) = replayed(&path, &other);
+    assert_eq!(code, Some(1));
+    assert!(said.contains("line 7: differs: seed was ") && said.contains("digest was "), "{said}");
+    assert!(said.ends_with("30 requests: 29 the same, 1 different, 0 not answered, 0 not readable\n"), "{said}");
+    let (code, said) = replayed(&folder.path().join("none"), &other);
+    assert!(code == Some(1) && said.starts_with("error: cannot read "), "{said}");
+}
+
+#[test]
+fn a_minimum_keeps_an_answer_going() {
+    let server = Running::demo();
+    let short = server.ask(CHAT, &chat(SUM, json!({})));
+    let tokens = short["usage"]["completion_tokens"].as_u64().unwrap();
+    let long = server.ask(CHAT, &chat(SUM, json!({"min_tokens": tokens + 15, "max_tokens": 200})));
+    assert!(long["usage"]["completion_tokens"].as_u64().unwrap() >= tokens + 15);
+    assert!(content(&long).starts_with(content(&short)));
+    // A stop string that comes before the minimum ends nothing.
+    let stop = json!({"stop": "So", "min_tokens": content(&short).find("So").unwrap() + 2});
+    assert_eq!(content(&server.ask(CHAT, &chat(SUM, stop))), content(&short));
+    assert_eq!(server.post(CHAT, &chat(SUM, json!({"min_tokens": 9, "max_tokens": 8}))).status, 400);
+}
+
 #[test]
 fn an_answer_does_not_depend_on_the_company() {
     let server = Running::demo();

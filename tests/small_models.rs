@@ -121,9 +121,8 @@ fn answer(engine: &impl Engine, prompt: &[u32], golden: &Golden) -> Vec<TokenEve
         prompt: prompt.to_vec(),
         max_tokens: golden.len() as u32,
         sampling: Sampling { temperature: 0.0, ..Sampling::default() },
-        stop_tokens: Vec::new(),
         logprobs: Some(golden[0].len() as u32),
-        cache_salt: None,
+        ..Request::default()
     };
     engine.submit(request, Box::new(Channel(events))).unwrap();
     let mut tokens = Vec::new();
@@ -131,6 +130,7 @@ fn answer(engine: &impl Engine, prompt: &[u32], golden: &Golden) -> Vec<TokenEve
         match event {
             Event::Token(token) => tokens.push(token),
             Event::End(_) => return tokens,
+            Event::Prompt(_) => panic!("nobody asked for the prompt's log-probabilities"),
             Event::Error(error) => panic!("{error}"),
         }
     }

@@ -7,7 +7,7 @@ mod server_support;
 use host::engine::{PageCounts, Status, SubmitError};
 use host::server::{Limits, ServerError, bind};
 use serde_json::{Value, json};
-use server_support::{EOS, Fixture, Reply, say};
+use server_support::{EOS, Fixture, Reply, digest, say};
 
 /// The id and the time of creation, which differ from answer to answer.
 fn id_and_created(reply: &Reply) -> (String, u64) {
@@ -43,7 +43,11 @@ fn chat_stream_bytes() {
         choice(r#"{"content":"!"}"#, "null"),
         choice("{}", "\"stop\""),
         // "[user] hello\n[assistant] " is 25 bytes, so 25 tokens.
-        format!("{head}],\"usage\":{{\"prompt_tokens\":25,\"completion_tokens\":3,\"total_tokens\":28}}}}\n\n"),
+        format!(
+            "{head}],\"usage\":{{\"prompt_tokens\":25,\"completion_tokens\":3,\"total_tokens\":28}},\
+             \"lockstep\":{{\"seed\":7,\"digest\":\"{}\"}}}}\n\n",
+            digest(0, &[72, 105, 33])
+        ),
         "data: [DONE]\n\n".to_owned(),
     ];
     assert_eq!(reply.body, want.concat());
@@ -64,7 +68,9 @@ fn completion_stream_bytes() {
              \"logprobs\":null,\"finish_reason\":{reason}}}]}}\n\n"
         )
     };
-    let want = [chunk("n", "null"), chunk("é", "null"), chunk("", "\"stop\""), "data: [DONE]\n\n".to_owned()];
+    let receipt = format!("}}],\"lockstep\":{{\"seed\":-1,\"digest\":\"{}\"}}}}\n\n", digest(0, &[110, 0xc3, 0xa9]));
+    let last = chunk("", "\"stop\"").replace("}]}\n\n", &receipt);
+    let want = [chunk("n", "null"), chunk("é", "null"), last, "data: [DONE]\n\n".to_owned()];
     assert_eq!(reply.body, want.concat());
     let request = &server.engine.requests.lock().unwrap()[0];
     assert_eq!((request.sampling.seed, request.prompt.as_slice()), (u64::MAX, [104, 105].as_slice()));
@@ -86,7 +92,9 @@ fn execute_stream_bytes() {
          event: token\ndata: {{\"type\":\"token\",\"t\":\"\\\"\",\"i\":1}}\n\n\
          event: token\ndata: {{\"type\":\"token\",\"t\":\"日\",\"i\":2}}\n\n\
          event: token\ndata: {{\"type\":\"token\",\"t\":\"\\n\",\"i\":3}}\n\n\
-         event: end\ndata: {{\"type\":\"end\",\"tokens_out\":6,\"decode_time_ms\":{milliseconds},\"stop_reason\":\"eos\"}}\n\n"
+         event: end\ndata: {{\"type\":\"end\",\"tokens_out\":6,\"decode_time_ms\":{milliseconds},\"stop_reason\":\"eos\",\
+         \"system_fingerprint\":\"fp_test\",\"lockstep\":{{\"seed\":18446744073709551615,\"digest\":\"{}\"}}}}\n\n",
+        digest(0, &[97, 34, 0xe6, 0x97, 0xa5, 10])
     );
     assert_eq!(reply.body, want);
 }
@@ -142,12 +150,13 @@ fn whole_answers() {
             "logprobs": {"content": [entry("o", -111.0 / 256.0), entry("k", -107.0 / 256.0)], "refusal": null},
         }],
         "usage": {"prompt_tokens": 37, "completion_tokens": 2, "total_tokens": 39},
+        "lockstep": {"seed": 5, "digest": digest(1, &[111, (-111.0_f32 / 256.0).to_bits(), 107, (-107.0_f32 / 256.0).to_bits()])},
     });
     assert_eq!(got, want);
     let prompt: Vec<u8> = server.engine.requests.lock().unwrap()[0].prompt.iter().map(|&id| id as u8).collect();
     assert_eq!(prompt, b"[system] ab\n[assistant] \n[assistant] ");
 
-    let reply = server.post("/v1/completions", r#"{"prompt": ["a", [98, 99]], "logprobs": 1, "seed": 1}"#).json();
+    let reply = server.post("/v1/completions", r#"{"prompt": ["a", [98, 99]], "logprobs": 2, "seed": 1}"#).json();
     assert_eq!(reply["usage"], json!({"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}));
     for (index, choice) in reply["choices"].as_array().unwrap().iter().enumerate() {
         assert_eq!((&choice["index"], &choice["text"]), (&json!(index), &json!("ok")));
@@ -210,7 +219,7 @@ fn parameters_reach_the_engine() {
     let server = Fixture::new(say(b""));
     let body = r#"{"prompt": "abc", "temperature": 0.5, "top_p": 0.25, "top_k": 3, "min_p": 0.125, "max_tokens": 11,
         "presence_penalty": -2, "frequency_penalty": 2, "repetition_penalty": 1.5, "logit_bias": {"9": -100, "3": 1.5},
-        "seed": 18446744073709551615, "stop_token_ids": [7, 256], "logprobs": 20}"#;
+        "seed": 18446744073709551615, "stop_token_ids": [7, 256], "logprobs": 20, "min_tokens": 5}"#;
     assert_eq!(server.post("/v1/completions", body).json()["seed"], json!(u64::MAX));
     let request = server.engine.requests.lock().unwrap()[0].clone();
     let s = &request.sampling;
@@ -226,6 +235,7 @@ fn parameters_reach_the_engine() {
     let plain = ask(r#"{"prompt": "abc", "top_k": -1}"#);
     assert_eq!((plain.max_tokens, plain.sampling.top_k, plain.stop_tokens), (4096, 0, vec![EOS]));
     assert_eq!((plain.sampling.temperature, plain.logprobs), (1.0, None));
+    assert_eq!((request.min_tokens, plain.min_tokens, plain.prompt_logprobs), (5, 0, None));
     assert_eq!(ask(r#"{"prompt": "abc", "ignore_eos": true}"#).stop_tokens, Vec::<u32>::new());
     assert_eq!(ask(r#"{"prompt": "a", "max_completion_tokens": 5, "max_tokens": 6}"#).max_tokens, 5);
     // The longest prompt leaves room for one token; and what fits is the default near the end of the context.
@@ -256,9 +266,14 @@ fn openai_validation() {
         ("frequency_penalty", r#"{"frequency_penalty": -2.5}"#),
         ("repetition_penalty", r#"{"repetition_penalty": 0}"#),
         ("repetition_penalty", r#"{"repetition_penalty": 2.01}"#),
-        ("n", r#"{"n": 2}"#),
+        ("n", r#"{"n": 0}"#),
+        ("n", r#"{"n": 129}"#),
+        ("n", r#"{"n": 1.5}"#),
         ("best_of", r#"{"best_of": 3}"#),
-        ("echo", r#"{"echo": true}"#),
+        ("best_of", r#"{"n": 3, "best_of": 2}"#),
+        ("echo", r#"{"echo": 1}"#),
+        ("min_tokens", r#"{"min_tokens": -1}"#),
+        ("min_tokens", r#"{"min_tokens": "1"}"#),
         ("seed", r#"{"seed": 1.5}"#),
         ("seed", r#"{"seed": 18446744073709551616}"#),
         ("stop", r#"{"stop": 5}"#),
@@ -300,6 +315,8 @@ fn openai_validation() {
         ("prompt", "/v1/completions", json!({"prompt": [1, "secret"]})),
         ("prompt", "/v1/completions", json!({"prompt": vec!["a"; 65]})),
         ("logprobs", "/v1/completions", json!({"prompt": "a", "logprobs": 21})),
+        ("prompt_logprobs", "/v1/completions", json!({"prompt": "a", "prompt_logprobs": 21})),
+        ("n", "/v1/completions", json!({"prompt": ["a", "b", "c"], "n": 100})),
     ]);
     let message = json!([{"role": "user", "content": "a"}]);
     rows.push((
@@ -308,6 +325,8 @@ fn openai_validation() {
         json!({"messages": message, "logprobs": true, "top_logprobs": 21}),
     ));
     rows.push(("top_logprobs", "/v1/chat/completions", json!({"messages": message, "top_logprobs": 2})));
+    rows.push(("echo", "/v1/chat/completions", json!({"messages": message, "echo": true})));
+    rows.push(("prompt_logprobs", "/v1/chat/completions", json!({"messages": message, "prompt_logprobs": 1})));
     for (param, path, body) in &rows {
         let reply = server.post(path, &body.to_string());
         let error = &reply.json()["error"];
@@ -323,6 +342,7 @@ fn openai_validation() {
         r#"{"temperature": 2, "top_p": 1, "min_p": 1, "top_k": 4294967295, "presence_penalty": 2, "frequency_penalty": 2}"#,
         r#"{"repetition_penalty": 0.01, "max_tokens": 1, "n": 1, "best_of": 1, "echo": false, "seed": 0, "stop": "a"}"#,
         r#"{"repetition_penalty": 2, "seed": -9223372036854775808, "stop": [], "tools": [], "stop_token_ids": [0, 257]}"#,
+        r#"{"n": 2, "best_of": 2, "min_tokens": 0, "echo": true, "max_tokens": 0, "prompt_logprobs": 20}"#,
         r#"{"logit_bias": {"257": -100, "0": 100}, "response_format": {"type": "text"}, "stream_options": null}"#,
     ] {
         let mut body = json!({"prompt": "a"});
@@ -498,6 +518,11 @@ fn a_full_queue_and_a_stopped_engine_are_said_at_once() {
     *server.engine.status.lock().unwrap() = healthy.clone();
     *server.engine.refusal.lock().unwrap() = Some(SubmitError::QueueFull { limit: 3 });
     full(ask());
+    let tokens = SubmitError::QueueTokens { waiting_tokens: 1234, request_tokens: 567, limit: 1500 };
+    *server.engine.refusal.lock().unwrap() = Some(tokens);
+    let reply = ask();
+    assert!(["1234", "567", "1500"].iter().all(|number| reply.body.contains(number)), "{}", reply.body);
+    full(reply);
     let worker = server.post("/execute", r#"{"job_id": "j", "prompt": "a"}"#);
     assert_eq!((worker.status, &worker.json()["code"]), (429, &json!("QUEUE_FULL")));
     assert_eq!(worker.json()["retriable"], true);
@@ -526,7 +551,7 @@ fn the_server_describes_itself() {
     assert!(health.as_object_mut().unwrap().remove("uptime_seconds").unwrap().is_u64());
     let want = json!({"status": "healthy", "reason": null, "model": "org/demo", "device": "script", "dtype": "bf16",
         "resident": true, "vram_bytes_used": 1234, "context_length": 40_000, "vocab_size": 258,
-        "tokenizer_kind": "hf-json", "running": 0, "waiting": 0, "kv_pages_total": 9,
+        "tokenizer_kind": "hf-json", "running": 0, "waiting": 0, "waiting_tokens": 0, "kv_pages_total": 9,
         "kv_pages_held": 3, "kv_pages_cached": 4, "kv_pages_high_water": 5, "prefix_cache_hits": 6,
         "prefix_cache_misses": 7, "preemptions": 8});
     assert_eq!(health, want);

@@ -283,7 +283,7 @@ fn a_drain_finishes_what_runs_and_takes_nothing_new() {
     dictate.send(b'y').unwrap();
     running.until("\"t\":\"y\"");
     drop(dictate);
-    running.until("\"stop_reason\":\"eos\"}\n\n");
+    running.until("\"stop_reason\":\"eos\"");
     running.until("\r\n0\r\n\r\n");
     assert_eq!(server.drained(), Drained { unfinished: 0 });
 }

@@ -3,15 +3,20 @@
 //! The context is cut into spans of [`SPAN`] tokens at absolute positions. For a query and a span:
 //!
 //! 1. scores: q k, a chain of k16 tensor-core products over the head width from 0; times `scale` = log2(e) / sqrt(D),
-//!    rounded to f32;
-//! 2. the maximum over the span's visible tokens;
-//! 3. p = 2^(score - maximum), 0 for tokens that are not visible, rounded to bf16;
-//! 4. the sum of p: lane t of four adds the tokens j with (j mod 8) / 2 = t in order of j; then (s0 + s1) + (s2 + s3);
-//! 5. output: p V, a chain of k16 tensor-core products over the span's tokens from 0.
+//!    rounded to f32 ([`scores`], [`scale`]);
+//! 2. the maximum over the span's visible tokens ([`maximum`]);
+//! 3. p = 2^(score - maximum), 0 for tokens that are not visible, rounded to bf16 ([`probabilities`]);
+//! 4. the sum of p: lane t of four adds the tokens j with (j mod 8) / 2 = t in order of j; then (s0 + s1) + (s2 + s3)
+//!    ([`sum`]);
+//! 5. output: p V, a chain of k16 tensor-core products over the span's tokens from 0 ([`output`]).
 //!
 //! Spans are merged from the first to the last ([`Merged::add`]), and the merged output is multiplied by 1 / sum and
 //! rounded to bf16. A token that is not visible or not there contributes exact zeros, so a span gives the same bits
 //! whether it is half filled or half masked. Rows of a tile never touch each other.
+//!
+//! A warp has 16 rows; a lane holds rows g and g + 8 (g = lane / 4), of scores the tokens 8n + 2t and 8n + 2t + 1 of tile n
+//! (t = lane mod 4): the layout of a tensor-core result, and of the operand that the next product takes. Every function
+//! here is called by whole warps.
 
 use cuda_std::prelude::*;
 
@@ -20,95 +25,131 @@ use cuda_std::prelude::*;
 pub const SPAN: usize = 64;
 
 /// Tiles of 8 tokens in a span.
-const TOKEN_TILES: usize = SPAN / 8;
+pub const TOKEN_TILES: usize = SPAN / 8;
 
 /// Steps of 16 tokens in a span.
-const TOKEN_STEPS: usize = SPAN / 16;
+pub const TOKEN_STEPS: usize = SPAN / 16;
 
-/// What a span gives for the two rows that a lane holds (rows g and g + 8 of the tile, g = lane / 4): `out[n]` is in the
-/// fragment layout of a tensor-core result, columns 8n + 2t and 8n + 2t + 1.
-#[derive(Clone, Copy)]
-pub struct Span<const TILES: usize> {
-    /// The largest visible score of each row; negative infinity where none is visible.
-    pub max: [f32; 2],
-    /// The sum of the probabilities of each row, relative to the maximum.
-    pub sum: [f32; 2],
-    /// Probabilities times values.
-    pub out: [[f32; 4]; TILES],
-}
+/// Elements after each row of a tile in shared memory: they put the eight rows that `ldmatrix` reads at once into
+/// different banks.
+pub const PAD: usize = 8;
 
-/// Attention of a tile of 16 query rows over one span. `STEPS` = D / 16, `TILES` = D / 8.
+/// The products of 16 queries with `N` tiles of 8 keys. `STEPS` = D / 16.
 ///
-/// - `query[s]`: the tile's rows as the 16-row operand, columns 16 s to 16 s + 15.
-/// - `key(n, s)`: tokens 8n to 8n+7 of the span as the 8-column operand, elements 16 s to 16 s + 15.
-/// - `value(n, s)`: elements 8n to 8n+7 as the 8-column operand, tokens 16 s to 16 s + 15 of the span; zero for tokens
-///   that are not there.
-/// - `visible`: how many tokens of the span each of the lane's two rows sees.
-///
-/// Called by whole warps.
+/// - `queries(s)`: the rows as the 16-row operand, columns 16 s to 16 s + 15.
+/// - `keys(m, s)`: tiles 2m and 2m + 1 as 8-column operands, elements 16 s to 16 s + 15.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-pub fn span<const STEPS: usize, const TILES: usize>(
-    query: &[[u32; 4]; STEPS],
-    key: impl Fn(usize, usize) -> [u32; 2],
-    value: impl Fn(usize, usize) -> [u32; 2],
-    visible: [u32; 2],
-    scale: f32,
-) -> Span<TILES> {
-    let t = thread::lane_id() % 4;
-    let mut scores = [[0.0f32; 4]; TOKEN_TILES];
-    for n in 0..TOKEN_TILES {
-        for s in 0..STEPS {
-            scores[n] = mma::m16n8k16_bf16(query[s], key(n, s), scores[n]);
+pub fn scores<const STEPS: usize, const N: usize>(
+    queries: impl Fn(usize) -> [u32; 4],
+    keys: impl Fn(usize, usize) -> [[u32; 2]; 2],
+) -> [[f32; 4]; N] {
+    let mut scores = [[0.0f32; 4]; N];
+    for s in 0..STEPS {
+        let query = queries(s);
+        for pair in 0..N / 2 {
+            let [even, odd] = keys(pair, s);
+            scores[pair * 2] = mma::m16n8k16_bf16(query, even, scores[pair * 2]);
+            scores[pair * 2 + 1] = mma::m16n8k16_bf16(query, odd, scores[pair * 2 + 1]);
         }
     }
+    scores
+}
 
-    let mut max = [f32::NEG_INFINITY; 2];
-    for n in 0..TOKEN_TILES {
+/// Scales products, and takes tokens away that a row does not see: of the first tile's first token on, each of the lane's
+/// rows sees `visible`. With none, both see all.
+#[inline(always)]
+pub fn scale<const N: usize>(scores: &mut [[f32; 4]; N], scale: f32, visible: Option<[u32; 2]>) {
+    let t = thread::lane_id() % 4;
+    for n in 0..N {
         for element in 0..4 {
-            let (row, token) = (element / 2, n as u32 * 8 + t * 2 + element as u32 % 2);
-            let score = if token < visible[row] { scores[n][element] * scale } else { f32::NEG_INFINITY };
-            scores[n][element] = score;
-            max[row] = math::max(max[row], score);
+            scores[n][element] *= scale;
+        }
+    }
+    if let Some(visible) = visible {
+        for n in 0..N {
+            for element in 0..4 {
+                let token = n as u32 * 8 + t * 2 + element as u32 % 2;
+                if token >= visible[element / 2] {
+                    scores[n][element] = f32::NEG_INFINITY;
+                }
+            }
+        }
+    }
+}
+
+/// The largest of these scores of each row; negative infinity where none is visible. (`f32::max` is one instruction, unlike
+/// `math::max`; it may take either of two zeros, which no probability shows.)
+#[inline(always)]
+#[must_use]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub fn maximum<const N: usize>(scores: &[[f32; 4]; N]) -> [f32; 2] {
+    let mut max = [f32::NEG_INFINITY; 2];
+    for n in 0..N {
+        for element in 0..4 {
+            max[element / 2] = max[element / 2].max(scores[n][element]);
         }
     }
     for row in 0..2 {
-        max[row] = math::max(max[row], warp::shuffle_xor_f32(max[row], 1));
-        max[row] = math::max(max[row], warp::shuffle_xor_f32(max[row], 2));
+        max[row] = max[row].max(warp::shuffle_xor_f32(max[row], 1));
+        max[row] = max[row].max(warp::shuffle_xor_f32(max[row], 2));
     }
+    max
+}
 
+/// Probabilities relative to the span's maximum, as operands: of tile n the pair of row g, then of row g + 8.
+#[inline(always)]
+#[must_use]
+pub fn probabilities<const N: usize>(scores: &[[f32; 4]; N], max: [f32; 2]) -> [[u32; 2]; N] {
     // Where no token is visible every score is negative infinity: subtract 0 instead, so that p is 0, not NaN.
     let base = [finite_or_zero(max[0]), finite_or_zero(max[1])];
+    let mut pairs = [[0u32; 2]; N];
+    for n in 0..N {
+        for row in 0..2 {
+            let [low, high] = [0, 1].map(|i| math::exp2_of_negative(scores[n][row * 2 + i] - base[row]));
+            pairs[n][row] = bf16_pair(low, high);
+        }
+    }
+    pairs
+}
+
+#[inline(always)]
+fn finite_or_zero(max: f32) -> f32 {
+    if max == f32::NEG_INFINITY { 0.0 } else { max }
+}
+
+/// The sum of the whole span's probabilities of each row.
+#[inline(always)]
+#[must_use]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub fn sum(pairs: &[[u32; 2]; TOKEN_TILES]) -> [f32; 2] {
     let mut sum = [0.0f32; 2];
-    let mut probabilities = [[0u32; 2]; TOKEN_TILES];
     for n in 0..TOKEN_TILES {
         for row in 0..2 {
-            let pair =
-                bf16_pair(math::exp2(scores[n][row * 2] - base[row]), math::exp2(scores[n][row * 2 + 1] - base[row]));
-            let (low, high) = unpack_bf16_pair(pair);
+            let (low, high) = unpack_bf16_pair(pairs[n][row]);
             sum[row] += low;
             sum[row] += high;
-            probabilities[n][row] = pair;
         }
     }
     for row in 0..2 {
         sum[row] += warp::shuffle_xor_f32(sum[row], 1);
         sum[row] += warp::shuffle_xor_f32(sum[row], 2);
     }
-
-    let mut out = [[0.0f32; 4]; TILES];
-    for n in 0..TILES {
-        for s in 0..TOKEN_STEPS {
-            let (low, high) = (probabilities[2 * s], probabilities[2 * s + 1]);
-            out[n] = mma::m16n8k16_bf16([low[0], low[1], high[0], high[1]], value(n, s), out[n]);
-        }
-    }
-    Span { max, sum, out }
+    sum
 }
 
+/// Probabilities times 8 columns of the values: `values[s]` are tokens 16 s to 16 s + 15 as an 8-column operand, zero for
+/// tokens that are not there.
 #[inline(always)]
-fn finite_or_zero(max: f32) -> f32 {
-    if max == f32::NEG_INFINITY { 0.0 } else { max }
+#[must_use]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub fn output(pairs: &[[u32; 2]; TOKEN_TILES], values: [[u32; 2]; TOKEN_STEPS]) -> [f32; 4] {
+    let mut out = [0.0f32; 4];
+    for s in 0..TOKEN_STEPS {
+        let (low, high) = (pairs[2 * s], pairs[2 * s + 1]);
+        out = mma::m16n8k16_bf16([low[0], low[1], high[0], high[1]], values[s], out);
+    }
+    out
 }
 
 /// The factors that bring what is merged so far and a further span to their common maximum.
@@ -118,6 +159,19 @@ pub struct Rescale {
     pub before: f32,
     /// For the span.
     pub span: f32,
+}
+
+impl Rescale {
+    /// The factors for a span with maximum `max`, where it was `before` and is `common` with it. A span without visible
+    /// tokens changes nothing.
+    #[inline(always)]
+    #[must_use]
+    pub fn new(before: f32, max: f32, common: f32) -> Self {
+        if max == f32::NEG_INFINITY {
+            return Self { before: 1.0, span: 0.0 };
+        }
+        Self { before: math::exp2_of_negative(before - common), span: math::exp2_of_negative(max - common) }
+    }
 }
 
 /// One row's maximum and sum over the spans merged so far.
@@ -133,14 +187,11 @@ impl Merged {
     /// Nothing merged.
     pub const EMPTY: Self = Self { max: f32::NEG_INFINITY, sum: 0.0 };
 
-    /// Merges a span, and returns the factors for [`combine`]. A span without visible tokens changes nothing.
+    /// Merges a span, and returns the factors for [`combine`].
     #[inline(always)]
     pub fn add(&mut self, max: f32, sum: f32) -> Rescale {
-        if max == f32::NEG_INFINITY {
-            return Rescale { before: 1.0, span: 0.0 };
-        }
-        let common = math::max(self.max, max);
-        let rescale = Rescale { before: math::exp2(self.max - common), span: math::exp2(max - common) };
+        let common = self.max.max(max);
+        let rescale = Rescale::new(self.max, max, common);
         self.max = common;
         self.sum = combine(rescale, self.sum, sum);
         rescale

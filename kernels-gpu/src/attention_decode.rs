@@ -1,119 +1,340 @@
-//! Attention of one new token per sequence over its cached context: a block per span, then a merge.
+//! Attention of one new token per sequence over its cached context: a block per span; the block that ends last merges.
 
+use cuda_std::cp_async;
 use cuda_std::prelude::*;
 
-use crate::attention::{Merged, SPAN, combine, span};
+use crate::attention::{
+    Merged, PAD, Rescale, SPAN, TOKEN_STEPS, TOKEN_TILES, combine, maximum, output, probabilities, scale, scores, sum,
+};
 
-/// One warp: the `ratio` query heads that share a KV head, over one span.
-///
-/// Partials of a (row, head, span) are `D + 2` f32: the output, then the maximum, then the sum.
+/// The position of a row that is only padding: it is neither read nor written.
+pub const NO_ROW: u32 = u32::MAX;
+
+/// Warps of a block. Each takes 16 of a span's tokens for the scores and a quarter of the columns for the output.
+const WARPS: usize = 4;
+const THREADS: usize = WARPS * 32;
+const _: () = assert!(WARPS == TOKEN_STEPS);
+
+/// Query heads that share a KV head, at most: the rows of a tile.
+pub const MAX_RATIO: usize = 16;
+
+/// Query heads that a block merges at once: a thread has four columns of one.
+const fn merged_heads(width: usize) -> usize {
+    THREADS * 4 / width
+}
+
+/// Shared memory of a block.
+#[derive(Clone, Copy)]
+struct Tiles {
+    /// \[16, D + PAD\].
+    queries: Shared<bf16>,
+    /// \[SPAN, D + PAD\].
+    keys: Shared<bf16>,
+    /// \[D, SPAN + PAD\].
+    values: Shared<bf16>,
+    /// \[warps, 16\]: the largest score of a row among a warp's tokens.
+    maxima: Shared<f32>,
+    /// \[warps, 32, 4\]: each warp's probabilities as operands.
+    pairs: Shared<u32>,
+    /// How many blocks of the row and KV head had ended before this one.
+    arrived: Shared<u32>,
+    /// \[threads, 4\]: what a head's spans are rescaled by, and their sums.
+    factors: Shared<f32>,
+}
+
+/// Where the partials of a span are: `parts` spans of all rows and heads, first the outputs, then maximum and sum.
+#[derive(Clone, Copy)]
+struct Partials<'a> {
+    memory: InOut<'a, f32>,
+    width: usize,
+    spans: usize,
+    parts: usize,
+}
+
+impl Partials<'_> {
+    fn output(&self, part: usize, column: usize) -> usize {
+        part * self.width + column
+    }
+
+    fn maximum_and_sum(&self, part: usize) -> usize {
+        self.parts * self.width + part * 2
+    }
+}
+
+/// One block: the `ratio` query heads that share a KV head, over one span. `STEPS` = D / 16; `OWN` = D / 32, the tiles of
+/// 8 columns that a warp takes of the output; `CHUNK` spans are merged at once.
 #[inline(always)]
-fn decode_span<const STEPS: usize, const TILES: usize>(
+fn decode<const STEPS: usize, const OWN: usize, const CHUNK: usize>(
+    tiles: Tiles,
     q: In<f32>,
     key_pages: In<bf16>,
     value_pages: In<bf16>,
     positions: In<u32>,
     row_tables: In<u32>,
     page_tables: In<u32>,
-    partials: Out<f32>,
+    partials: InOut<f32>,
+    counters: InOut<u32>,
+    out: Out<bf16>,
     q_stride: u32,
     kv_heads: u32,
     ratio: u32,
-    max_spans: u32,
-    scale: f32,
+    factor: f32,
 ) {
     let width = STEPS * 16;
+    let (key_row, value_row) = (width + PAD, SPAN + PAD);
+    let (kv_heads, ratio) = (kv_heads as usize, ratio as usize);
+    let thread = thread::thread_idx_x() as usize;
+    let warp = thread::warp_id() as usize;
+    let (g, t) = ((thread::lane_id() / 4) as usize, (thread::lane_id() % 4) as usize);
     let (span_index, kv_head, row) =
         (thread::block_idx_x() as usize, thread::block_idx_y() as usize, thread::block_idx_z() as usize);
-    if positions.get(row) == u32::MAX {
-        return;
-    }
-    let context = positions.get(row) as usize + 1;
-    if span_index * SPAN >= context {
-        return;
-    }
-    let present = if context - span_index * SPAN < SPAN { (context - span_index * SPAN) as u32 } else { SPAN as u32 };
-    let page = page_tables.get(row_tables.get(row) as usize + span_index) as usize;
-    let page_start = (page * kv_heads as usize + kv_head) * SPAN * width;
-    let (g, t) = ((thread::lane_id() / 4) as usize, (thread::lane_id() % 4) as usize);
-    let ratio = ratio as usize;
+    thread::allow_successor();
 
-    let load_query = |head: usize, column: usize| {
-        if head < ratio {
-            let start = row * q_stride as usize + (kv_head * ratio + head) * width + column;
-            let [low, high]: [f32; 2] = q.load(start);
-            bf16_pair(low, high)
-        } else {
-            0
+    let position = positions.get(row);
+    let spans = position as usize / SPAN + 1;
+    if position == NO_ROW || span_index >= spans {
+        if span_index == 0 {
+            // A launch must not end before the one ahead of it, or what follows would not wait for that one.
+            thread::wait_for_predecessors();
         }
-    };
-    let mut query = [[0u32; 4]; STEPS];
-    for s in 0..STEPS {
-        let column = s * 16 + t * 2;
-        query[s] = [
-            load_query(g, column),
-            load_query(g + 8, column),
-            load_query(g, column + 8),
-            load_query(g + 8, column + 8),
-        ];
+        return;
+    }
+    let page = page_tables.get(row_tables.get(row) as usize + span_index) as usize;
+    let page_start = (page * kv_heads + kv_head) * SPAN * width;
+    key_pages.check(page_start, SPAN * width);
+    value_pages.check(page_start, SPAN * width);
+
+    // Tokens of the span that earlier steps wrote, and then the row's own where this is the last span. The others become
+    // zeros: memory that nobody wrote is not read.
+    let context = position as usize - span_index * SPAN;
+    let (old, present) = if context < SPAN { (context, context + 1) } else { (SPAN, SPAN) };
+    for i in 0..SPAN * width / 8 / THREADS {
+        let chunk = thread + i * THREADS;
+        let token = chunk / (width / 8);
+        let to = token * key_row + chunk % (width / 8) * 8;
+        if token < old {
+            // SAFETY: chunk < SPAN * width / 8, and the page was checked above; both sides are multiples of 16 bytes.
+            unsafe { cp_async::copy_unchecked::<_, 8>(&tiles.keys, to, &key_pages, page_start + chunk * 8) };
+        } else if token > old {
+            tiles.keys.store(to, [bf16::ZERO; 8]);
+        }
+    }
+    for i in 0..SPAN * width / 8 / THREADS {
+        let chunk = thread + i * THREADS;
+        let token = chunk % (SPAN / 8) * 8;
+        let to = chunk / (SPAN / 8) * value_row + token;
+        if token + 8 <= old {
+            // SAFETY: as above.
+            unsafe { cp_async::copy_unchecked::<_, 8>(&tiles.values, to, &value_pages, page_start + chunk * 8) };
+        } else if token > old {
+            tiles.values.store(to, [bf16::ZERO; 8]);
+        }
     }
 
-    let load_pair = |pages: &In<bf16>, index: usize| {
-        let [low, high]: [bf16; 2] = pages.load(index);
-        u32::from(low.to_bits()) | (u32::from(high.to_bits()) << 16)
-    };
-    let key = |n: usize, s: usize| {
-        // A token that is not there is never visible; read the first one in its place, which is.
-        let token = if ((n * 8 + g) as u32) < present { n * 8 + g } else { 0 };
-        let start = page_start + token * width + s * 16 + t * 2;
-        [load_pair(&key_pages, start), load_pair(&key_pages, start + 8)]
-    };
-    let value = |n: usize, s: usize| {
-        let start = page_start + (n * 8 + g) * SPAN;
-        let token = s * 16 + t * 2;
-        [token, token + 8].map(|token| {
-            // Loads whole pairs only where both tokens are there; memory that nobody wrote is not read.
-            if ((token + 1) as u32) < present {
-                load_pair(&value_pages, start + token)
-            } else if (token as u32) < present {
-                u32::from(value_pages.get(start + token).to_bits())
-            } else {
-                0
+    thread::wait_for_predecessors();
+    if old < SPAN {
+        if thread < width / 8 {
+            let from = page_start + old * width + thread * 8;
+            // SAFETY: old < SPAN, as above.
+            unsafe { cp_async::copy_unchecked::<_, 8>(&tiles.keys, old * key_row + thread * 8, &key_pages, from) };
+        }
+        if thread < width {
+            let first = old / 8 * 8;
+            let mut tokens = [bf16::ZERO; 8];
+            for i in 0..8 {
+                if first + i < present {
+                    // SAFETY: thread < width and the token is in the span; the page was checked above.
+                    tokens[i] = unsafe { value_pages.get_unchecked(page_start + thread * SPAN + first + i) };
+                }
             }
-        })
-    };
-    let result = span::<STEPS, TILES>(&query, key, value, [present, present], scale);
+            tiles.values.store(thread * value_row + first, tokens);
+        }
+    }
+    for i in 0..MAX_RATIO * width / 4 / THREADS {
+        let chunk = thread + i * THREADS;
+        let (head, column) = (chunk / (width / 4), chunk % (width / 4) * 4);
+        let mut values = [bf16::ZERO; 4];
+        if head < ratio {
+            let from = row * q_stride as usize + (kv_head * ratio + head) * width + column;
+            values = q.load::<4>(from).map(f32_to_bf16);
+        }
+        tiles.queries.store(head * key_row + column, values);
+    }
+    cp_async::commit_group();
+    cp_async::wait_group::<0>();
+    thread::sync_threads();
 
+    let query = |s: usize| mma::load_a(&tiles.queries, s * 16, key_row);
+    let key = |_: usize, s: usize| mma::load_b_columns(&tiles.keys, warp * 16 * key_row + s * 16, key_row);
+    let mut tile = scores::<STEPS, 2>(query, key);
+    let visible = present.saturating_sub(warp * 16) as u32;
+    scale(&mut tile, factor, Some([visible; 2]));
+    let own = maximum(&tile);
+    if t == 0 {
+        tiles.maxima.set(warp * 16 + g, own[0]);
+        tiles.maxima.set(warp * 16 + g + 8, own[1]);
+    }
+    thread::sync_threads();
+    let mut max = [f32::NEG_INFINITY; 2];
+    for other in 0..WARPS {
+        max[0] = max[0].max(tiles.maxima.get(other * 16 + g));
+        max[1] = max[1].max(tiles.maxima.get(other * 16 + g + 8));
+    }
+    let [low, high] = probabilities(&tile, max);
+    tiles.pairs.store(thread * 4, [low[0], low[1], high[0], high[1]]);
+    thread::sync_threads();
+    let mut pairs = [[0u32; 2]; TOKEN_TILES];
+    for s in 0..TOKEN_STEPS {
+        let [low0, low1, high0, high1] = tiles.pairs.load((s * 32 + thread % 32) * 4);
+        pairs[2 * s] = [low0, low1];
+        pairs[2 * s + 1] = [high0, high1];
+    }
+    let span_sum = sum(&pairs);
+
+    let heads = kv_heads * ratio;
+    let first_head = row * heads + kv_head * ratio;
+    let memory = Partials {
+        memory: partials,
+        width,
+        spans: thread::grid_dim_x() as usize,
+        parts: positions.len() * heads * thread::grid_dim_x() as usize,
+    };
+    // The only span of a context is merged with nothing, here.
+    let mut merged = [Merged::EMPTY; 2];
+    let rescale = [merged[0].add(max[0], span_sum[0]), merged[1].add(max[1], span_sum[1])];
+    for n in 0..OWN {
+        let column = (warp * OWN + n) * 8;
+        let [first, second] = mma::load_b_steps(&tiles.values, column * value_row, value_row);
+        let [third, fourth] = mma::load_b_steps(&tiles.values, column * value_row + 32, value_row);
+        let part = output(&pairs, [first, second, third, fourth]);
+        for half in 0..2 {
+            let head = g + half * 8;
+            if head < ratio {
+                let values = [part[half * 2], part[half * 2 + 1]];
+                let column = column + t * 2;
+                if spans == 1 {
+                    let inverse = 1.0 / merged[half].sum;
+                    let values = values.map(|value| f32_to_bf16(combine(rescale[half], 0.0, value) * inverse));
+                    out.store((first_head + head) * width + column, values);
+                } else {
+                    let part = (first_head + head) * memory.spans + span_index;
+                    partials.store(memory.output(part, column), values);
+                }
+            }
+        }
+    }
+    if spans == 1 {
+        return;
+    }
     for half in 0..2 {
         let head = g + half * 8;
-        if head < ratio {
-            let heads = kv_heads as usize * ratio;
-            let partial = ((row * heads + kv_head * ratio + head) * max_spans as usize + span_index) * (width + 2);
-            for n in 0..TILES {
-                let column = partial + n * 8 + t * 2;
-                partials.set(column, result.out[n][half * 2]);
-                partials.set(column + 1, result.out[n][half * 2 + 1]);
-            }
-            if t == 0 {
-                partials.set(partial + width, result.max[half]);
-                partials.set(partial + width + 1, result.sum[half]);
-            }
+        if warp == 0 && t == 0 && head < ratio {
+            let part = (first_head + head) * memory.spans + span_index;
+            partials.store(memory.maximum_and_sum(part), [max[half], span_sum[half]]);
         }
+    }
+    thread::sync_threads();
+    if thread == 0 {
+        tiles.arrived.set(0, counters.arrive(row * kv_heads + kv_head, spans as u32 - 1));
+    }
+    thread::sync_threads();
+    if tiles.arrived.get(0) as usize == spans - 1 {
+        merge::<CHUNK>(memory, tiles.factors, out, first_head, ratio, spans);
+    }
+}
+
+/// Merges the spans of `ratio` heads from `first_head` on, in order: the factors of `CHUNK` spans in parallel over heads
+/// and spans (a running maximum is the same in any order), then the sums in parallel over heads and columns.
+#[inline(always)]
+fn merge<const CHUNK: usize>(
+    partials: Partials,
+    factors: Shared<f32>,
+    out: Out<bf16>,
+    first_head: usize,
+    ratio: usize,
+    spans: usize,
+) {
+    let (width, heads) = (partials.width, merged_heads(partials.width));
+    let thread = thread::thread_idx_x() as usize;
+    let (counted, step) = (thread / CHUNK, thread % CHUNK);
+    let (summed, column) = (thread / (width / 4), thread % (width / 4) * 4);
+    let mut done = 0;
+    while done < ratio {
+        let left = if ratio - done < heads { ratio - done } else { heads };
+        let counted_part = (first_head + done + counted) * partials.spans;
+        // Threads without a head of their own read along with the last one's, and write nothing.
+        let summed_head = if summed < left { summed } else { left - 1 };
+        let summed_part = (first_head + done + summed_head) * partials.spans;
+        partials.memory.check(partials.output(summed_part, 0), spans * width);
+        let mut before = f32::NEG_INFINITY;
+        let (mut sum, mut values) = (0.0f32, [0.0f32; 4]);
+        let mut first = 0;
+        while first < spans {
+            // All loads of the chunk are under way at once.
+            let mut parts = [[0.0f32; 4]; CHUNK];
+            for i in 0..CHUNK {
+                if first + i < spans {
+                    // SAFETY: the head's spans were checked above, and column + 4 <= width; 4 columns are 16 bytes.
+                    parts[i] =
+                        unsafe { partials.memory.load_unchecked(partials.output(summed_part + first + i, column)) };
+                }
+            }
+            let [max, span_sum] = if counted < left && first + step < spans {
+                partials.memory.load(partials.maximum_and_sum(counted_part + first + step))
+            } else {
+                [f32::NEG_INFINITY, 0.0]
+            };
+            let lane = thread::lane_id();
+            let mut common = before.max(max);
+            let mut distance = 1;
+            while distance < CHUNK {
+                let earlier = warp::shuffle_f32(common, lane.wrapping_sub(distance as u32));
+                if step >= distance {
+                    common = common.max(earlier);
+                }
+                distance *= 2;
+            }
+            let previous = warp::shuffle_f32(common, lane.wrapping_sub(1));
+            let rescale = Rescale::new(if step == 0 { before } else { previous }, max, common);
+            before = warp::shuffle_f32(common, lane | (CHUNK as u32 - 1));
+            factors.store(thread * 4, [rescale.before, rescale.span, span_sum, 0.0]);
+            thread::sync_threads();
+            for i in 0..CHUNK {
+                if first + i < spans {
+                    let [before, span, span_sum, _] = factors.load((summed_head * CHUNK + i) * 4);
+                    let rescale = Rescale { before, span };
+                    sum = combine(rescale, sum, span_sum);
+                    for column in 0..4 {
+                        values[column] = combine(rescale, values[column], parts[i][column]);
+                    }
+                }
+            }
+            thread::sync_threads();
+            first += CHUNK;
+        }
+        if summed < left {
+            let inverse = 1.0 / sum;
+            out.store((first_head + done + summed) * width + column, values.map(|value| f32_to_bf16(value * inverse)));
+        }
+        done += heads;
     }
 }
 
 macro_rules! decode_kernel {
-    ($name:ident, $steps:literal, $tiles:literal) => {
-        /// Attention of one token per row over one span of its context, for every KV head: see [`crate::attention`].
+    ($name:ident, $width:literal, $chunk:literal) => {
+        /// Attention of one token per row over its context, for every KV head: see [`crate::attention`].
         ///
         /// - `q`: f32 \[T, q_stride\], query heads from column 0 on, rounded to bf16 here; pages as in
         ///   [`crate::kv_write`]; `positions`: u32 \[T\], the position of each row's token, whose key and value are in the
-        ///   cache; `partials`: f32 \[T, H, max_spans, D + 2\] (output, maximum, sum).
-        /// - grid (spans, G, T); one warp takes the query heads of a KV head over a span; spans beyond a row's context do
-        ///   nothing.
+        ///   cache, or [`NO_ROW`]; `partials`: f32, D + 2 for each row, query head and block in x, scratch; `counters`: u32
+        ///   \[T, G\], 0 before and after; `out`: bf16 \[T, H, D\].
+        /// - grid (spans, G, T); a block takes the query heads of a KV head over a span. The last of a row's blocks to end
+        ///   merges its spans in order. Blocks beyond a row's context, and all of a row [`NO_ROW`], do nothing.
         /// - bytes: 4 D per token and KV head.
-        /// - the caller: `ratio` = H / G is at most 16; `max_spans` is at least the grid's first dimension.
-        #[kernel(block = 32)]
+        /// - the caller: `ratio` = H / G is at most 16; the grid has a block for each span of the longest context; `q` and
+        ///   pages are multiples of 16 bytes. Read before the kernels ahead have ended: `positions`, the tables, and the
+        ///   pages' tokens before a row's own, so no kernel that may still run writes these.
+        #[kernel(block = 128, min_blocks = 4)]
         pub fn $name(
             q: In<f32>,
             key_pages: In<bf16>,
@@ -121,14 +342,26 @@ macro_rules! decode_kernel {
             positions: In<u32>,
             row_tables: In<u32>,
             page_tables: In<u32>,
-            partials: Out<f32>,
+            partials: InOut<f32>,
+            counters: InOut<u32>,
+            out: Out<bf16>,
             q_stride: u32,
             kv_heads: u32,
             ratio: u32,
-            max_spans: u32,
             scale: f32,
         ) {
-            decode_span::<$steps, $tiles>(
+            let tiles = Tiles {
+                queries: shared_array!(bf16, MAX_RATIO * ($width + PAD)),
+                keys: shared_array!(bf16, SPAN * ($width + PAD)),
+                values: shared_array!(bf16, $width * (SPAN + PAD)),
+                maxima: shared_array!(f32, WARPS * MAX_RATIO),
+                pairs: shared_array!(u32, THREADS * 4),
+                arrived: shared_array!(u32, 1),
+                factors: shared_array!(f32, THREADS * 4),
+            };
+            const { assert!($chunk * merged_heads($width) <= THREADS) };
+            decode::<{ $width / 16 }, { $width / 32 }, $chunk>(
+                tiles,
                 q,
                 key_pages,
                 value_pages,
@@ -136,44 +369,17 @@ macro_rules! decode_kernel {
                 row_tables,
                 page_tables,
                 partials,
+                counters,
+                out,
                 q_stride,
                 kv_heads,
                 ratio,
-                max_spans,
                 scale,
             );
         }
     };
 }
-decode_kernel!(attention_decode_32, 2, 4);
-decode_kernel!(attention_decode_64, 4, 8);
-decode_kernel!(attention_decode_96, 6, 12);
-decode_kernel!(attention_decode_128, 8, 16);
-
-/// Merges the spans of each (row, head) in order and rounds the output to bf16.
-///
-/// - `partials`: f32 \[T, H, max_spans, D + 2\]; `positions`: u32 \[T\]; `out`: bf16 \[T, H, D\].
-/// - grid (H, T); a thread merges one column (threads beyond D do nothing).
-/// - bytes: 4 (D + 2) per span and head.
-/// - the caller: `width` = D is at most 128; the spans up to each row's position are in `partials`.
-#[kernel(block = 128)]
-pub fn attention_merge(partials: In<f32>, positions: In<u32>, out: Out<bf16>, width: u32, max_spans: u32) {
-    let column = thread::thread_idx_x() as usize;
-    let width = width as usize;
-    if column < width {
-        let row = thread::block_idx_y() as usize;
-        let index = row * thread::grid_dim_x() as usize + thread::block_idx_x() as usize;
-        if positions.get(row) == u32::MAX {
-            return;
-        }
-        let spans = positions.get(row) as usize / SPAN + 1;
-        let mut merged = Merged::EMPTY;
-        let mut value = 0.0;
-        for span_index in 0..spans {
-            let partial = (index * max_spans as usize + span_index) * (width + 2);
-            let rescale = merged.add(partials.get(partial + width), partials.get(partial + width + 1));
-            value = combine(rescale, value, partials.get(partial + column));
-        }
-        out.set(index * width + column, f32_to_bf16(value * (1.0 / merged.sum)));
-    }
-}
+decode_kernel!(attention_decode_32, 32, 8);
+decode_kernel!(attention_decode_64, 64, 8);
+decode_kernel!(attention_decode_96, 96, 8);
+decode_kernel!(attention_decode_128, 128, 8);

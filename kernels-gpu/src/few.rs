@@ -44,11 +44,11 @@ pub const fn ring_bytes(warps: usize, tiles: usize, depth: usize) -> usize {
 /// Warps of a block of [`few_qkv()`] and of [`few_gate_up()`].
 pub const PAIR_WARPS: usize = 2;
 /// Stages of the ring of [`few_qkv()`].
-pub const QKV_DEPTH: usize = 14;
+pub const QKV_DEPTH: usize = 16;
 /// Stages of the ring of [`few_gate_up()`].
-pub const GATE_UP_DEPTH: usize = 8;
+pub const GATE_UP_DEPTH: usize = 12;
 /// Stages of the ring of [`few_residual_1()`] and of [`few_residual_2()`].
-pub const RESIDUAL_DEPTH: usize = 14;
+pub const RESIDUAL_DEPTH: usize = 16;
 /// Warps of a block of [`few_logits()`].
 pub const LOGITS_WARPS: usize = 4;
 /// Stages of the ring of [`few_logits()`].
@@ -86,6 +86,9 @@ struct Segment {
     width: usize,
 }
 
+/// Stages that are waited for, and whose room is filled again, at once.
+const CHUNK: usize = 4;
+
 /// The operands of a stage.
 #[derive(Clone, Copy)]
 struct Fragments<const TILES: usize> {
@@ -98,8 +101,9 @@ struct Fragments<const TILES: usize> {
 /// block, while the ring fills; what it returns goes to `finish`, which gets each strip's sums, in the fragment layout of a
 /// product: rows g and g + 8 of the tiles, tokens 2t and 2t + 1.
 ///
-/// `PENDING` is `DEPTH` - 2, `DEPTH` the stages of the ring. The operands of a stage are read from shared memory while the
-/// products of the one before run, so that only the chain itself takes time.
+/// The ring has `DEPTH` stages in `DEPTH / CHUNK` chunks; `PENDING` is two chunks less. A product waits for the one before it
+/// (some 35 cycles), so what else there is to do, reading the next operands and filling the ring, goes in between, and is
+/// kept to few instructions.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 fn chains<const TILES: usize, const DEPTH: usize, const PENDING: usize, R>(
@@ -113,11 +117,12 @@ fn chains<const TILES: usize, const DEPTH: usize, const PENDING: usize, R>(
     inputs: impl FnOnce() -> R,
     mut finish: impl FnMut(usize, [[f32; 4]; TILES], &R),
 ) {
-    const { assert!(PENDING + 2 == DEPTH) };
+    const { assert!(DEPTH.is_multiple_of(CHUNK) && (PENDING + 2) * CHUNK == DEPTH) };
     let lane = thread::lane_id() as usize;
-    let ring_start = thread::warp_id() as usize * DEPTH * TILES * 16 * ROW;
+    let slot_elements = TILES * 16 * ROW;
+    let ring_start = thread::warp_id() as usize * DEPTH * slot_elements;
     let last_row = weight.len() / width - 1;
-    let segment_end = segment.first + segment.width;
+    let stages = (segment.width / STAGE) as u32;
 
     // Where the lane's eight elements of each fourth row of a strip's tiles start.
     let sources = |strip: usize| {
@@ -125,97 +130,125 @@ fn chains<const TILES: usize, const DEPTH: usize, const PENDING: usize, R>(
         for tile in 0..TILES {
             for part in 0..4 {
                 let row = first_row(strip, tile) + part * 4 + lane / 8;
-                from[tile][part] = (if row < last_row { row } else { last_row }) * width + lane % 8 * 8;
+                from[tile][part] = (if row < last_row { row } else { last_row }) * width + segment.first + lane % 8 * 8;
             }
         }
         from
     };
     let target = ring_start + lane / 8 * ROW + lane % 8 * 8;
+    let fill = |from: &[[usize; 4]; TILES], stage: u32, slot: u32| {
+        let to = target + slot as usize * slot_elements;
+        for tile in 0..TILES {
+            for part in 0..4 {
+                // SAFETY: the row is one of the weight's, and the stage one of the segment's.
+                unsafe {
+                    cp_async::copy_unchecked::<bf16, 8>(
+                        &arena.ring,
+                        to + (tile * 16 + part * 4) * ROW,
+                        &weight,
+                        from[tile][part] + stage as usize * STAGE,
+                    );
+                }
+            }
+        }
+    };
+    let next_chunk = |slot: u32| if slot + CHUNK as u32 == DEPTH as u32 { 0 } else { slot + CHUNK as u32 };
 
-    let (mut next_strip, mut next_k, mut next_slot) = (strips.first, segment.first, 0u32);
-    let mut from = sources(if next_strip < strips.end { next_strip } else { 0 });
-    let mut issue_next = || {
-        if next_strip < strips.end {
-            for tile in 0..TILES {
-                for part in 0..4 {
-                    let to = target + ((next_slot as usize * TILES + tile) * 16 + part * 4) * ROW;
-                    // SAFETY: the row is one of the weight's, and k + 64 is at most its width.
-                    unsafe {
-                        cp_async::copy_unchecked::<bf16, 8>(&arena.ring, to, &weight, from[tile][part] + next_k);
-                    }
+    // What is to be filled next: a chunk of a strip's stages, and where it goes.
+    let (mut fill_strip, mut fill_stage, mut fill_slot) = (strips.first, 0u32, 0u32);
+    let mut from = sources(if fill_strip < strips.end { fill_strip } else { 0 });
+    for _ in 0..DEPTH / CHUNK - 1 {
+        if fill_strip < strips.end {
+            for stage in 0..CHUNK as u32 {
+                if fill_stage + stage < stages {
+                    fill(&from, fill_stage + stage, fill_slot + stage);
                 }
             }
-            next_k += STAGE;
-            if next_k == segment_end {
-                next_k = segment.first;
-                next_strip += strips.step;
-                if next_strip < strips.end {
-                    from = sources(next_strip);
+            fill_slot = next_chunk(fill_slot);
+            fill_stage += CHUNK as u32;
+            if fill_stage >= stages {
+                fill_stage = 0;
+                fill_strip += strips.step;
+                if fill_strip < strips.end {
+                    from = sources(fill_strip);
                 }
             }
-            next_slot = if next_slot + 1 == DEPTH as u32 { 0 } else { next_slot + 1 };
         }
         cp_async::commit_group();
-    };
-    for _ in 0..DEPTH {
-        issue_next();
     }
     thread::allow_successor();
     let ready = inputs();
-    if strips.first >= strips.end {
-        return;
-    }
 
-    let fragments = |slot: u32, k: usize| {
-        let stage = ring_start + slot as usize * TILES * 16 * ROW;
+    let fragments = |slot: u32, stage: u32| {
+        let at = ring_start + slot as usize * slot_elements;
+        let k = segment.first + stage as usize * STAGE;
         let mut loaded = Fragments::<TILES> { weight: [[[0; 4]; TILES]; STAGE / 16], input: [[0; 2]; STAGE / 16] };
         for step in 0..STAGE / 16 {
             if step % 2 == 0 {
-                let pair = mma::load_b_steps(&arena.input, k + step * 16, width + PAD, tokens);
+                let pair = mma::load_b_steps_of(&arena.input, k + step * 16, width + PAD, tokens);
                 loaded.input[step] = pair[0];
                 loaded.input[step + 1] = pair[1];
             }
             for tile in 0..TILES {
-                loaded.weight[step][tile] = mma::load_a(&arena.ring, stage + tile * 16 * ROW + step * 16, ROW);
+                loaded.weight[step][tile] = mma::load_a(&arena.ring, at + tile * 16 * ROW + step * 16, ROW);
             }
         }
         loaded
     };
-    cp_async::wait_group::<PENDING>();
-    warp::sync_warp();
-    let mut current = fragments(0, segment.first);
-    let (mut slot, mut k, mut strip) = (0u32, segment.first, strips.first);
-    let mut sums = [[0.0f32; 4]; TILES];
-    loop {
-        slot = if slot + 1 == DEPTH as u32 { 0 } else { slot + 1 };
-        k += STAGE;
-        let ends = k == segment_end;
-        k = if ends { segment.first } else { k };
-        let last = ends && strip + strips.step >= strips.end;
-        // The next stage has landed for all lanes, and all have read the one before, whose slot is filled again.
-        cp_async::wait_group::<PENDING>();
-        warp::sync_warp();
-        // A product waits for the one before it: what does not need it goes in between.
-        let mut product = |step: usize| {
-            for tile in 0..TILES {
-                sums[tile] = mma::m16n8k16_bf16(current.weight[step][tile], current.input[step], sums[tile]);
+    let mut slot = 0u32;
+    let mut strip = strips.first;
+    while strip < strips.end {
+        let mut sums = [[0.0f32; 4]; TILES];
+        let mut product = |operands: &Fragments<TILES>| {
+            for step in 0..STAGE / 16 {
+                for tile in 0..TILES {
+                    sums[tile] = mma::m16n8k16_bf16(operands.weight[step][tile], operands.input[step], sums[tile]);
+                }
             }
         };
-        product(0);
-        let next = if last { current } else { fragments(slot, k) };
-        product(1);
-        issue_next();
-        product(2);
-        product(3);
-        if ends {
-            finish(strip, sums, &ready);
-            strip += strips.step;
-            sums = [[0.0f32; 4]; TILES];
+        let mut stage = 0u32;
+        while stage < stages {
+            // The chunk has landed for all lanes, and all have read the one before, whose room is filled again.
+            cp_async::wait_group::<PENDING>();
+            warp::sync_warp();
+            let fills = fill_strip < strips.end;
+            if stage + CHUNK as u32 <= stages {
+                let mut operands = fragments(slot, stage);
+                for part in 0..CHUNK as u32 {
+                    if fills && fill_stage + part < stages {
+                        fill(&from, fill_stage + part, fill_slot + part);
+                    }
+                    let next = if part + 1 < CHUNK as u32 { fragments(slot + part + 1, stage + part + 1) } else { operands };
+                    product(&operands);
+                    operands = next;
+                }
+            } else {
+                for part in 0..CHUNK as u32 {
+                    if fills && fill_stage + part < stages {
+                        fill(&from, fill_stage + part, fill_slot + part);
+                    }
+                    if stage + part < stages {
+                        product(&fragments(slot + part, stage + part));
+                    }
+                }
+            }
+            cp_async::commit_group();
+            slot = next_chunk(slot);
+            stage += CHUNK as u32;
+            if fills {
+                fill_slot = next_chunk(fill_slot);
+                fill_stage += CHUNK as u32;
+                if fill_stage >= stages {
+                    fill_stage = 0;
+                    fill_strip += strips.step;
+                    if fill_strip < strips.end {
+                        from = sources(fill_strip);
+                    }
+                }
+            }
         }
-        if last {
-            return;
-        }
-        current = next;
+        finish(strip, sums, &ready);
+        strip += strips.step;
     }
 }
 
@@ -359,7 +392,7 @@ pub fn few_qkv(
     let head = strip / per_head;
     // The token and the place in the head's first half of each of the lane's four sums.
     let place = |element: usize| (t * 2 + element % 2, strip % per_head * 16 + g + element / 2 * 8);
-    chains::<2, QKV_DEPTH, { QKV_DEPTH - 2 }, _>(
+    chains::<2, QKV_DEPTH, { QKV_DEPTH / CHUNK - 2 }, _>(
         weight,
         arena,
         tokens,
@@ -465,7 +498,7 @@ pub fn few_gate_up(
     let (tokens, width, ffn) = (tokens as usize, width as usize, ffn as usize);
     let arena = arena(tokens, width, PAIR_WARPS, 2, GATE_UP_DEPTH);
     let (g, t) = ((thread::lane_id() / 4) as usize, (thread::lane_id() % 4) as usize);
-    chains::<2, GATE_UP_DEPTH, { GATE_UP_DEPTH - 2 }, _>(
+    chains::<2, GATE_UP_DEPTH, { GATE_UP_DEPTH / CHUNK - 2 }, _>(
         weight,
         arena,
         tokens,
@@ -508,7 +541,7 @@ fn few_residual<const SEGMENTS: usize>(
     let part = width / SEGMENTS;
     // The token and the output of each of the lane's four sums.
     let place = |element: usize| (t * 2 + element % 2, thread::block_idx_x() as usize * 16 + g + element / 2 * 8);
-    chains::<1, RESIDUAL_DEPTH, { RESIDUAL_DEPTH - 2 }, _>(
+    chains::<1, RESIDUAL_DEPTH, { RESIDUAL_DEPTH / CHUNK - 2 }, _>(
         weight,
         arena,
         tokens,
@@ -611,7 +644,7 @@ pub fn few_logits(
     let (g, t) = (lane / 4, lane % 4);
     let (block, warp) = (thread::block_idx_x() as usize, thread::warp_id() as usize);
     let mut warp_best = [0u64; 2];
-    chains::<1, LOGITS_DEPTH, { LOGITS_DEPTH - 2 }, _>(
+    chains::<1, LOGITS_DEPTH, { LOGITS_DEPTH / CHUNK - 2 }, _>(
         weight,
         arena,
         tokens,

@@ -54,11 +54,14 @@ pub const KERNELS: &[&cuda_std::launch::KernelDesc] = &[
     attention_decode::attention_decode_64::KERNEL,
     attention_decode::attention_decode_96::KERNEL,
     attention_decode::attention_decode_128::KERNEL,
-    attention_decode::attention_merge::KERNEL,
     attention_prefill::attention_prefill_32::KERNEL,
     attention_prefill::attention_prefill_64::KERNEL,
     attention_prefill::attention_prefill_96::KERNEL,
     attention_prefill::attention_prefill_128::KERNEL,
+    attention_prefill::attention_prefill_short_32::KERNEL,
+    attention_prefill::attention_prefill_short_64::KERNEL,
+    attention_prefill::attention_prefill_short_96::KERNEL,
+    attention_prefill::attention_prefill_short_128::KERNEL,
     bias_add::bias_add::KERNEL,
     differing::differing_bf16::KERNEL,
     differing::differing_f32::KERNEL,
@@ -90,7 +93,7 @@ pub const KERNELS: &[&cuda_std::launch::KernelDesc] = &[
 #[cfg(not(target_arch = "nvptx64"))]
 pub fn kernels_for(head_width: usize) -> Vec<&'static cuda_std::launch::KernelDesc> {
     let suits = |name: &str| {
-        let width = name.strip_prefix("attention_decode_").or_else(|| name.strip_prefix("attention_prefill_"));
+        let width = name.strip_prefix("attention_").and_then(|rest| rest.rsplit('_').next());
         width.is_none_or(|width| width.parse() == Ok(head_width))
     };
     KERNELS.iter().copied().filter(|kernel| suits(kernel.name)).collect()

@@ -104,8 +104,8 @@ fn request(arguments: &GenerateArguments, prompt: Vec<u32>, eos_ids: Vec<u32>, c
         },
         stop_tokens: if arguments.ignore_eos { Vec::new() } else { eos_ids },
         logprobs: arguments.logprobs,
-        cache_salt: None,
         prompt,
+        ..Request::default()
     }
 }
 

@@ -2,5 +2,6 @@
 
 pub(crate) mod bench;
 pub(crate) mod generate;
+pub(crate) mod replay;
 pub(crate) mod serve;
 pub(crate) mod verify;

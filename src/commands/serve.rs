@@ -6,13 +6,13 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::{Instant, UNIX_EPOCH};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use anyhow::{anyhow, bail};
 use host::device::Device;
 use host::engine::EngineOptions;
 use host::model::{Model, ModelConfig};
-use host::server::{App, Limits, ModelInfo};
+use host::server::{App, Limits, ModelInfo, Recorder};
 use host::text::{ChatTemplate, Tokenizer};
 
 use crate::cli::ServeArguments;
@@ -31,13 +31,21 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<ExitCode> {
     let tokenizer = Arc::new(Tokenizer::load(&folder)?);
     let template = ChatTemplate::load(&folder)?;
     drop(bind(&arguments.host, arguments.port)?);
+    let recorder = arguments.record.as_deref().map(record_to).transpose()?;
 
     let options = |device: &Device| capacity.apply(EngineOptions::for_device(device));
     let Started { engine, model, thread: _thread } = start(&arguments.source, &folder, capacity.context, options)?;
     let chats = template.is_some();
     let info = model_info(&model, &folder);
     let mut announcement = announcement(&model, &info);
-    let app = App { engine: Arc::new(engine), tokenizer, template, model: info.clone(), limits: Limits::default() };
+    let app = App {
+        engine: Arc::new(engine),
+        tokenizer,
+        template,
+        model: info.clone(),
+        limits: Limits::default(),
+        recorder: recorder.clone(),
+    };
     let drained = host::server::serve(&arguments.host, arguments.port, app, |address| {
         let line = curl_line(address, &info.id, chats);
         let seconds = began.elapsed().as_secs_f64();
@@ -45,10 +53,20 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<ExitCode> {
         // Nobody may be reading any more; that ends no server.
         let _ = writeln!(io::stdout(), "{announcement}");
     })?;
+    if recorder.is_some_and(|recorder| !recorder.flush(RECORD_PATIENCE)) {
+        tracing::error!("the last answers were not recorded: the disk does not keep up");
+    }
     match drained.unfinished {
         0 => Ok(ExitCode::SUCCESS),
         count => bail!("stopped with {count} answers cut off"),
     }
+}
+
+/// How long the end waits for the last records.
+const RECORD_PATIENCE: Duration = Duration::from_secs(5);
+
+fn record_to(path: &Path) -> anyhow::Result<Recorder> {
+    Recorder::append(path).map_err(|error| anyhow!("cannot record to {}: {error}; check --record", path.display()))
 }
 
 fn model_info(model: &Model, folder: &Path) -> ModelInfo {

@@ -1,13 +1,12 @@
 //! Attention over a paged cache: against the definition in f64, and the equalities of bits that it promises.
 
-use cuda_std::launch::Grid;
+use cuda_std::math;
 use half::bf16;
-use host::ops::{self, HeadShape, PAGE, Pages};
+use host::ops::{self, DecodeScratch, HeadShape, NO_ROW, PAGE, Pages, PrefillTiles, Segment};
 use host::testing::{TestRng, Tolerance, assert_close};
-use kernels_gpu::attention_decode::attention_merge;
 
-use crate::compare::{assert_rounded, assert_same};
-use crate::rig::{Guarded, Rig};
+use crate::compare::assert_same;
+use crate::rig::{Bits, Guarded, Rig};
 
 /// Queries, keys and values of the tokens of a sequence, all exact in bf16.
 struct Sequence {
@@ -79,6 +78,53 @@ impl Sequence {
         out
     }
 
+    /// The definition of `kernels_gpu::attention` in plain loops, with the CPU's products (a chain of fused multiply-adds):
+    /// the bits of the token at `position`, all heads.
+    fn bits_of(&self, position: usize) -> Vec<bf16> {
+        let HeadShape { query_heads, kv_heads, width } = self.heads;
+        let scale = (std::f64::consts::LOG2_E / (width as f64).sqrt()) as f32;
+        let mut out = Vec::new();
+        for head in 0..query_heads {
+            let kv_head = head / (query_heads / kv_heads);
+            let (mut max, mut sum, mut values) = (f32::NEG_INFINITY, 0.0f32, vec![0.0f32; width]);
+            for start in (0..=position).step_by(64) {
+                let tokens = start..(start + 64).min(position + 1);
+                let score = |token: usize| {
+                    let products = self.query(position, head).iter().zip(self.key(token, kv_head));
+                    products.fold(0.0f32, |chain, (&q, &k)| q.mul_add(k, chain)) * scale
+                };
+                let scores: Vec<f32> = tokens.clone().map(score).collect();
+                let span_max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let p: Vec<f32> =
+                    scores.iter().map(|score| bf16::from_f32(math::exp2(score - span_max)).to_f32()).collect();
+                let mut sums = [0.0f32; 4];
+                p.iter().enumerate().for_each(|(j, p)| sums[j % 8 / 2] += p);
+                let span_sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+                let common = max.max(span_max);
+                let (before, span) = (math::exp2(max - common), math::exp2(span_max - common));
+                sum = sum.mul_add(before, span_sum * span);
+                for (column, value) in values.iter_mut().enumerate() {
+                    let products = p.iter().zip(tokens.clone());
+                    let chain =
+                        products.fold(0.0f32, |chain, (p, token)| p.mul_add(self.value(token, kv_head)[column], chain));
+                    *value = value.mul_add(before, chain * span);
+                }
+                max = common;
+            }
+            out.extend(values.iter().map(|value| bf16::from_f32(value * (1.0 / sum))));
+        }
+        out
+    }
+
+    /// Panics unless `actual` has the definition's bits at these positions. A GPU rounds products as it likes.
+    #[track_caller]
+    fn check_bits(&self, rig: &Rig, actual: &[bf16], positions: impl IntoIterator<Item = usize>) {
+        if !rig.device.is_cuda() {
+            let expected: Vec<bf16> = positions.into_iter().flat_map(|position| self.bits_of(position)).collect();
+            assert_same(actual, &expected, "the definition");
+        }
+    }
+
     /// Panics unless `actual` is the output of these positions.
     #[track_caller]
     fn check(&self, actual: &[bf16], positions: impl IntoIterator<Item = usize>) {
@@ -98,8 +144,8 @@ struct Cache {
     keys: Guarded<bf16>,
     values: Guarded<bf16>,
     tables: Guarded<u32>,
-    /// Where each sequence's table starts, and its pages.
-    places: Vec<(usize, usize)>,
+    /// Where each sequence's table starts.
+    places: Vec<usize>,
 }
 
 impl Cache {
@@ -117,7 +163,7 @@ impl Cache {
         let (mut places, mut qkv, mut positions, mut starts) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for sequence in sequences {
             let count = sequence.tokens().div_ceil(PAGE);
-            places.push((tables.len(), count));
+            places.push(tables.len());
             qkv.extend_from_slice(&sequence.qkv);
             positions.extend(0..sequence.tokens() as u32);
             starts.extend(std::iter::repeat_n(tables.len() as u32, sequence.tokens()));
@@ -146,55 +192,120 @@ impl Cache {
 
     /// Prefill of `rows` tokens of a sequence from position `first` on.
     fn prefill(&self, rig: &mut Rig, index: usize, sequence: &Sequence, first: usize, rows: usize) -> Vec<bf16> {
-        let heads = sequence.heads;
-        let stride = heads.qkv_width();
-        let (start, count) = self.places[index];
-        let qkv = rig.filled(&sequence.qkv[first * stride..(first + rows) * stride]);
-        let table = self.tables.view().slice(start..start + count).unwrap();
-        let mut out = rig.unwritten::<bf16>(rows * heads.query_width());
-        ops::attention_prefill(&rig.device, &qkv.view(), self.pages(), &table, &mut out.view_mut(), heads, first)
-            .unwrap();
-        let kernel = match heads.width {
-            32 => "attention_prefill_32",
-            64 => "attention_prefill_64",
-            96 => "attention_prefill_96",
-            _ => "attention_prefill_128",
+        self.prefills(rig, &[sequence], &[(index, first, rows)], rows.is_multiple_of(2))
+    }
+
+    /// Prefill of several chunks in one launch: of each which sequence, its first position and its rows. Rows of others
+    /// stand before each chunk.
+    fn prefills(
+        &self,
+        rig: &mut Rig,
+        sequences: &[&Sequence],
+        chunks: &[(usize, usize, usize)],
+        short: bool,
+    ) -> Vec<bf16> {
+        let heads = sequences[0].heads;
+        let (stride, width) = (heads.qkv_width(), heads.query_width());
+        let (mut qkv, mut segments) = (Vec::new(), Vec::new());
+        for (sequence, &(index, first, rows)) in sequences.iter().zip(chunks) {
+            qkv.extend(std::iter::repeat_n(f32::NAN, stride));
+            let first_row = qkv.len() / stride;
+            qkv.extend_from_slice(&sequence.qkv[first * stride..(first + rows) * stride]);
+            segments.push(Segment { first_row, rows, first_position: first, table_start: self.places[index] });
+        }
+        let mut out = rig.unwritten::<bf16>(qkv.len() / stride * width);
+        let tiles = PrefillTiles::sized(segments.iter().copied(), short).unwrap();
+        ops::attention_prefill(
+            &rig.device,
+            &rig.filled(&qkv).view(),
+            self.pages(),
+            &self.tables.view(),
+            &tiles,
+            &rig.filled(&tiles.numbers).view(),
+            &mut out.view_mut(),
+            heads,
+        )
+        .unwrap();
+        let kernel = match (heads.width, short) {
+            (32, false) => "attention_prefill_32",
+            (64, false) => "attention_prefill_64",
+            (96, false) => "attention_prefill_96",
+            (_, false) => "attention_prefill_128",
+            (32, true) => "attention_prefill_short_32",
+            (64, true) => "attention_prefill_short_64",
+            (96, true) => "attention_prefill_short_96",
+            (_, true) => "attention_prefill_short_128",
         };
-        rig.read(kernel, &out)
+        for segment in &segments {
+            let other = &rig.download(&out)[(segment.first_row - 1) * width..][..width];
+            assert!(other.iter().all(|value| value.bits() == bf16::UNWRITTEN), "a row of no segment was written");
+        }
+        let all = rig.read(kernel, &out);
+        segments.iter().flat_map(|segment| all[segment.first_row * width..][..segment.rows * width].to_vec()).collect()
     }
 
     /// Decode of a batch: (which sequence, position) of each row.
     fn decode(&self, rig: &mut Rig, sequences: &[&Sequence], rows: &[(usize, usize)]) -> Vec<bf16> {
+        self.decode_padded(rig, sequences, rows, 0, 0)
+    }
+
+    /// The same with `padding` rows that are none before the last row, and `more` tokens of context than there are.
+    fn decode_padded(
+        &self,
+        rig: &mut Rig,
+        sequences: &[&Sequence],
+        rows: &[(usize, usize)],
+        padding: usize,
+        more: usize,
+    ) -> Vec<bf16> {
         let heads = sequences[0].heads;
-        let qkv: Vec<f32> =
-            rows.iter().flat_map(|&(index, position)| sequences[index].row(position).to_vec()).collect();
-        let positions: Vec<u32> = rows.iter().map(|&(_, position)| position as u32).collect();
-        let starts: Vec<u32> = rows.iter().map(|&(index, _)| self.places[index].0 as u32).collect();
-        let longest = rows.iter().map(|&(_, position)| position + 1).max().unwrap();
-        let spans = longest.div_ceil(PAGE);
-        let mut partials = rig.unwritten::<f32>(ops::partials_len(heads, rows.len(), spans));
-        let mut out = rig.unwritten::<bf16>(rows.len() * heads.query_width());
-        ops::attention_decode(
-            &rig.device,
-            &rig.filled(&qkv).view(),
-            self.pages(),
-            &rig.filled(&positions).view(),
-            &rig.filled(&starts).view(),
-            &self.tables.view(),
-            &mut partials.view_mut(),
-            &mut out.view_mut(),
-            heads,
-            longest,
-        )
-        .unwrap();
+        let mut qkv = Vec::new();
+        let (mut positions, mut starts) = (Vec::new(), Vec::new());
+        for (place, &(index, position)) in rows.iter().enumerate() {
+            if place + 1 == rows.len() {
+                qkv.extend(std::iter::repeat_n(f32::NAN, padding * heads.qkv_width()));
+                positions.extend(std::iter::repeat_n(NO_ROW, padding));
+                starts.extend(std::iter::repeat_n(u32::MAX, padding));
+            }
+            qkv.extend_from_slice(sequences[index].row(position));
+            positions.push(position as u32);
+            starts.push(self.places[index] as u32);
+        }
+        let longest = rows.iter().map(|&(_, position)| position + 1).max().unwrap() + more;
+        let mut partials = rig.unwritten::<f32>(ops::partials_len(heads, positions.len(), longest.div_ceil(PAGE)));
+        let mut counters = rig.filled(&vec![0u32; ops::counters_len(heads, positions.len())]);
+        let mut out = rig.unwritten::<bf16>(positions.len() * heads.query_width());
+        let mut scratch = DecodeScratch { partials: partials.view_mut(), counters: counters.view_mut() };
+        // Twice with the same counters, as the layers of a step use them.
+        for _ in 0..2 {
+            ops::attention_decode(
+                &rig.device,
+                &rig.filled(&qkv).view(),
+                self.pages(),
+                &rig.filled(&positions).view(),
+                &rig.filled(&starts).view(),
+                &self.tables.view(),
+                &mut scratch,
+                &mut out.view_mut(),
+                heads,
+                longest,
+            )
+            .unwrap();
+        }
         rig.download(&partials);
+        assert!(rig.download(&counters).iter().all(|&count| count == 0), "counters are 0 again");
         let kernel = match heads.width {
             32 => "attention_decode_32",
             64 => "attention_decode_64",
             96 => "attention_decode_96",
             _ => "attention_decode_128",
         };
-        rig.read(kernel, &out)
+        let width = heads.query_width();
+        let mut values = rig.download(&out);
+        let none: Vec<bf16> = values.drain((rows.len() - 1) * width..(rows.len() - 1 + padding) * width).collect();
+        assert!(none.iter().all(|value| value.bits() == bf16::UNWRITTEN), "a row of padding was written");
+        let real = rig.filled(&values);
+        rig.read(kernel, &real)
     }
 }
 
@@ -213,7 +324,7 @@ fn few_shapes() -> Vec<HeadShape> {
 }
 
 pub(crate) fn oracle(rig: &mut Rig) {
-    let contexts = rig.pick(&[1, 65][..], &[1, 63, 64, 65, 127, 128, 200, 1000]);
+    let contexts = rig.pick(&[1, 65][..], &[1, 63, 64, 65, 127, 128, 200, 1100]);
     let chunks = rig.pick(
         &[(0, 17), (61, 4)][..],
         &[(0, 1), (0, 63), (0, 64), (0, 65), (1, 130), (37, 91), (63, 2), (127, 1), (199, 1), (0, 200)],
@@ -228,6 +339,7 @@ pub(crate) fn oracle(rig: &mut Rig) {
         let batch = cache.decode(rig, &sequences, &rows);
         for (&(index, position), result) in rows.iter().zip(batch.chunks(width)) {
             sequences[index].check(result, std::iter::once(position));
+            sequences[index].check_bits(rig, result, std::iter::once(position));
             // Alone, a row gives the bits that it gives in the batch.
             let alone = cache.decode(rig, &sequences, &[(index, position)]);
             assert_same(&alone, result, "a row alone");
@@ -237,6 +349,7 @@ pub(crate) fn oracle(rig: &mut Rig) {
         for &(first, rows) in chunks {
             let result = cache.prefill(rig, longest, sequences[longest], first, rows);
             sequences[longest].check(&result, first..first + rows);
+            sequences[longest].check_bits(rig, &result, first..first + rows);
         }
     }
     if rig.pick(false, true) {
@@ -308,43 +421,51 @@ pub(crate) fn causality(rig: &mut Rig) {
     }
 }
 
-pub(crate) fn merge(rig: &mut Rig) {
-    let full = [(32, 3, 4), (64, 14, 7), (96, 2, 5), (128, 8, 16)];
-    for &(width, heads, max_spans) in rig.pick(&full[..1], &full) {
-        let positions: Vec<u32> = [0, 63, 64, 130, max_spans * 64 - 1].map(|position| position as u32).to_vec();
-        let rows = positions.len();
-        let mut rng = TestRng::new(40);
-        let size = width + 2;
-        // Spans beyond a row's position are NaN.
-        let mut partials = vec![f32::NAN; rows * heads * max_spans * size];
-        let mut expected = Vec::new();
-        for (index, spans) in partials.chunks_mut(max_spans * size).enumerate() {
-            let visible = positions[index / heads] as usize / PAGE + 1;
-            for span in spans.chunks_mut(size).take(visible) {
-                let (out, rest) = span.split_at_mut(width);
-                out.iter_mut().for_each(|value| *value = rng.next_f32() * 20.0);
-                rest[0] = rng.next_f32() * 12.0;
-                rest[1] = rng.next_f32() * 8.0 + 9.0;
+/// Chunks of several sequences in one launch, and decode among rows of padding with blocks to spare.
+pub(crate) fn company(rig: &mut Rig) {
+    let tokens = rig.pick([5, 70, 18], [130, 300, 77]);
+    let chunks = rig.pick([(0, 0, 5), (1, 62, 8), (2, 17, 1)], [(0, 1, 129), (1, 0, 300), (2, 60, 17)]);
+    for heads in few_shapes() {
+        let mut rng = TestRng::new(41);
+        let sequences = tokens.map(|tokens| Sequence::new(&mut rng, heads, tokens));
+        let sequences: Vec<&Sequence> = sequences.iter().collect();
+        let cache = Cache::new(rig, &sequences, 42);
+        let width = heads.query_width();
+        for short in [false, true] {
+            let all = cache.prefills(rig, &sequences, &chunks, short);
+            let mut start = 0;
+            for (sequence, (index, first, rows)) in sequences.iter().zip(chunks) {
+                let part = &all[start..start + rows * width];
+                start += rows * width;
+                sequence.check(part, first..first + rows);
+                sequence.check_bits(rig, part, first..first + rows);
+                let alone = cache.prefills(rig, &[sequence], &[(index, first, rows)], !short);
+                assert_same(part, &alone, "a chunk alone, in tiles of the other size");
             }
-            let spans: Vec<&[f32]> = spans.chunks(size).take(visible).collect();
-            let max = spans.iter().map(|span| f64::from(span[width])).fold(f64::NEG_INFINITY, f64::max);
-            let weight = |span: &[f32]| (f64::from(span[width]) - max).exp2();
-            let sum: f64 = spans.iter().map(|span| weight(span) * f64::from(span[width + 1])).sum();
-            expected.extend(
-                (0..width)
-                    .map(|column| spans.iter().map(|span| weight(span) * f64::from(span[column])).sum::<f64>() / sum),
-            );
         }
-        let (partial_buffer, position_buffer) = (rig.filled(&partials), rig.filled(&positions));
-        let mut out = rig.unwritten::<bf16>(rows * heads * width);
-        let mut view = out.view_mut();
-        let (partial_view, position_view) = (partial_buffer.view(), position_buffer.view());
-        let launch = attention_merge::launch(&partial_view, &position_view, &mut view, width as u32, max_spans as u32);
-        rig.device.launch(launch, Grid::new_2d(heads as u32, rows as u32)).unwrap();
-        let result = rig.read("attention_merge", &out);
-        // Sums of terms of both signs cancel: judge by the size of the terms as well.
-        assert_close(&result, &expected, Tolerance { absolute: 3e-6, relative: 1.01 / 256.0 });
-        // Where one span is all there is, nothing cancels.
-        assert_rounded(&result[..heads * width], &expected[..heads * width], 1e-6);
+        let rows = [(1, tokens[1] - 1), (0, 0), (2, tokens[2] - 1), (1, 63)];
+        let plain = cache.decode(rig, &sequences, &rows);
+        let padded = cache.decode_padded(rig, &sequences, &rows, 2, 200);
+        assert_same(&padded, &plain, "rows of padding, and more blocks than spans");
+        for (&(index, position), result) in rows.iter().zip(plain.chunks(width)) {
+            sequences[index].check(result, std::iter::once(position));
+            sequences[index].check_bits(rig, result, std::iter::once(position));
+        }
     }
+}
+
+/// The order of tiles: the longest contexts first, no tile across a boundary of its size, every row once.
+#[test]
+fn tiles_cover_every_row_once() {
+    let segments = [(3, 1, 0, 7), (4, 300, 100, 9), (304, 64, 64, 20)]
+        .map(|(first_row, rows, first_position, table_start)| Segment { first_row, rows, first_position, table_start });
+    let tiles = |short| PrefillTiles::sized(segments.into_iter(), short).unwrap().numbers;
+    let large =
+        [[288, 16, 384, 9], [160, 128, 256, 9], [32, 128, 128, 9], [4, 28, 100, 9], [304, 64, 64, 20], [3, 1, 0, 7]];
+    assert_eq!(tiles(false), large.as_flattened());
+    let mut rows: Vec<u32> = tiles(true).chunks(4).flat_map(|tile| tile[0]..tile[0] + tile[1]).collect();
+    rows.sort_unstable();
+    assert_eq!(rows, (3..368).collect::<Vec<u32>>());
+    let ends: Vec<u32> = tiles(true).chunks(4).map(|tile| (tile[2] + tile[1]).div_ceil(64)).collect();
+    assert!(ends.is_sorted_by(|a, b| a >= b), "{ends:?}");
 }

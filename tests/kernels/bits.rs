@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::rig::Rig;
 
 /// Kernels whose products go through tensor cores, whose sums are rounded as the hardware likes.
-const TENSOR_CORES: [&str; 16] = [
+const TENSOR_CORES: [&str; 20] = [
     "attention_decode_32",
     "attention_decode_64",
     "attention_decode_96",
@@ -14,6 +14,10 @@ const TENSOR_CORES: [&str; 16] = [
     "attention_prefill_64",
     "attention_prefill_96",
     "attention_prefill_128",
+    "attention_prefill_short_32",
+    "attention_prefill_short_64",
+    "attention_prefill_short_96",
+    "attention_prefill_short_128",
     "few_gate_up",
     "few_logits",
     "few_qkv",

@@ -277,7 +277,7 @@ fn speed() {
         let mut ids = rig.unwritten::<u32>(tokens);
         let mut logits = rig.unwritten::<f32>(tokens * vocab);
         let norm = Norm { gain: gain.view(), eps: EPS };
-        let mut time = |what: &str, per: usize, work: &mut dyn FnMut()| {
+        let time = |what: &str, per: usize, work: &mut dyn FnMut()| {
             work();
             let mut best = f64::INFINITY;
             let mut recording = host::device::Recording::default();

@@ -8,7 +8,7 @@
 //! | --- | --- |
 //! | `rows`, `elementwise` | embedding, gathering, normalisation; bias, residual, gate, comparison |
 //! | `positions` | rotary embedding, the pages of the KV cache |
-//! | `attention` | prefill, decode, merge |
+//! | `attention` | prefill and decode |
 //! | `linear`, `few` | linear layers; their fused forms |
 //! | `logits`, `sample` | from logits to a token |
 //! | `ptx` | the kernel images against the table of kernels |
@@ -84,7 +84,7 @@ on_every_device! {
     differing: crate::elementwise::differing;
     rotary: crate::positions::rotary;
     kv_write: crate::positions::kv_write;
-    attention_merge: crate::attention::merge;
+    attention_company: crate::attention::company;
     attention_oracle: crate::attention::oracle;
     attention_bits: crate::attention::bits;
     attention_causality: crate::attention::causality;

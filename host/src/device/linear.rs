@@ -7,6 +7,9 @@ use super::{Buffer, DeviceError, cpu};
 
 /// The numeric contract: what the bits of a linear layer may depend on.
 pub mod contract {
+    /// Names the contract in the fingerprint of a server. Raised whenever the bits of any operation are changed on purpose.
+    pub const VERSION: u32 = 1;
+
     /// Into how many equal, consecutive segments K is cut; their sums are added in order. It may depend on the
     /// weight's shape only, never on the number of rows that happen to be in a batch.
     #[must_use]

@@ -1,6 +1,9 @@
 //! A plan as the model takes it: tokens, positions, page tables.
 
+use std::ops::Range;
+
 use super::scheduler::{Plan, Scheduler};
+use super::sequence::SequenceId;
 use crate::model::{Prefill, Step};
 
 /// The arrays of a step, filled anew for each and kept for their memory.
@@ -13,6 +16,16 @@ pub(super) struct Batch {
     decode_rows: usize,
     prefills: Vec<Prefill>,
     logits_rows: Vec<u32>,
+    choosing_rows: usize,
+    scores: Vec<Scores>,
+}
+
+/// Rows of a prompt whose logits a step computes for their own sake.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Scores {
+    pub(super) id: SequenceId,
+    /// Their positions; each row's logits are of the token behind it.
+    pub(super) positions: Range<usize>,
 }
 
 impl Batch {
@@ -24,6 +37,8 @@ impl Batch {
         self.page_tables.clear();
         self.prefills.clear();
         self.logits_rows.clear();
+        self.scores.clear();
+        let mut scored_rows = Vec::new();
         self.decode_rows = 0;
         for segment in &plan.segments {
             let Some(sequence) = scheduler.sequence(segment.id) else { continue };
@@ -48,7 +63,24 @@ impl Batch {
             if segment.wants_token {
                 self.logits_rows.push(self.tokens.len() as u32 - 1);
             }
+            let positions = sequence.scores_of_next(segment.rows);
+            if !positions.is_empty() {
+                scored_rows.extend(positions.clone().map(|position| (first_row + position - segment.first) as u32));
+                self.scores.push(Scores { id: segment.id, positions });
+            }
         }
+        self.choosing_rows = self.logits_rows.len();
+        self.logits_rows.append(&mut scored_rows);
+    }
+
+    /// Logits rows that choose a token: the first ones.
+    pub(super) fn choosing_rows(&self) -> usize {
+        self.choosing_rows
+    }
+
+    /// Whose logits follow those that choose a token, in this order.
+    pub(super) fn scores(&self) -> &[Scores] {
+        &self.scores
     }
 
     /// The step.

@@ -13,17 +13,21 @@ pub(super) fn check(
     if request.prompt.is_empty() {
         return Err(SubmitError::EmptyPrompt);
     }
-    if request.max_tokens == 0 {
+    if request.max_tokens == 0 && request.prompt_logprobs.is_none() {
         return Err(SubmitError::NoTokens);
     }
-    if request.prompt.len().saturating_add(request.max_tokens as usize) > context_tokens {
+    if request.min_tokens > request.max_tokens {
+        let (value, range) = (request.min_tokens.to_string(), "at most max_tokens");
+        return Err(SubmitError::OutOfRange { name: "min_tokens", value, range });
+    }
+    if request.most_tokens() > context_tokens {
         return Err(SubmitError::TooLong {
             prompt_tokens: request.prompt.len(),
             max_tokens: request.max_tokens,
             context_tokens,
         });
     }
-    let needed_pages = cache.pages_for(request.prompt.len() + request.max_tokens as usize);
+    let needed_pages = cache.pages_for(request.most_tokens());
     if needed_pages > cache.pages {
         return Err(SubmitError::NeverFits { needed_pages, total_pages: cache.pages, page_tokens: cache.page_tokens });
     }

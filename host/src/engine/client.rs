@@ -14,11 +14,26 @@ pub(super) struct Client {
     generated_tokens: u32,
     /// How often each token was generated.
     counts: BTreeMap<u32, u32>,
+    /// The prompt with its log-probabilities as far as they are known; empty once it was told, or where nobody asked.
+    prompt: Vec<TokenEvent>,
 }
 
 impl Client {
-    pub(super) fn new(request: Request, prompt_tokens: usize, sink: Box<dyn EventSink>) -> Self {
-        Self { request, sink, prompt_tokens: prompt_tokens as u32, generated_tokens: 0, counts: BTreeMap::new() }
+    pub(super) fn new(request: Request, prompt: &[u32], sink: Box<dyn EventSink>) -> Self {
+        let first = prompt.first().filter(|_| request.prompt_logprobs.is_some());
+        let prompt_tokens = prompt.len() as u32;
+        let prompt = first.map(|&id| TokenEvent { id, logprob: None, top: Vec::new() }).into_iter().collect();
+        Self { request, sink, prompt_tokens, generated_tokens: 0, counts: BTreeMap::new(), prompt }
+    }
+
+    /// How many most likely tokens are wanted at each place of the prompt, where any are.
+    pub(super) fn prompt_logprobs(&self) -> Option<u32> {
+        self.request.prompt_logprobs
+    }
+
+    /// Takes the log-probabilities of the prompt's next tokens.
+    pub(super) fn take_scores(&mut self, tokens: impl Iterator<Item = TokenEvent>) {
+        self.prompt.extend(tokens);
     }
 
     /// Nobody reads any more.
@@ -28,11 +43,21 @@ impl Client {
 
     /// How to choose the token at `position`.
     pub(super) fn sample_row(&self, position: u32) -> SampleRow<'_> {
-        SampleRow { sampling: &self.request.sampling, counts: &self.counts, position, logprobs: self.request.logprobs }
+        let Request { sampling, stop_tokens, logprobs, min_tokens, .. } = &self.request;
+        let banned = if self.generated_tokens < *min_tokens { &stop_tokens[..] } else { &[] };
+        SampleRow { sampling, counts: &self.counts, banned, position, logprobs: *logprobs }
     }
 
     /// Tells of the token chosen at `position`. The token if the answer goes on, none if it has ended.
     pub(super) fn deliver(&mut self, sampled: Sampled, position: u32, cached_tokens: usize) -> Option<u32> {
+        if !self.prompt.is_empty() {
+            let prompt = std::mem::take(&mut self.prompt);
+            self.offer(Event::Prompt(prompt))?;
+        }
+        if self.request.max_tokens == 0 {
+            self.finish(FinishReason::Length, cached_tokens);
+            return None;
+        }
         let Some(id) = sampled.id else {
             self.fail(EngineError::NoFiniteLogit { position });
             return None;

@@ -1,6 +1,5 @@
 //! The seam between the engine and whoever brings it requests.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -18,6 +17,8 @@ pub struct Status {
     pub running: usize,
     /// Requests waiting for a place, those that had to give theirs up included.
     pub waiting: usize,
+    /// Tokens that the waiting may come to: prompts, and answers at their longest.
+    pub waiting_tokens: usize,
     /// False once the device failed or the engine stopped: nothing more will be answered.
     pub healthy: bool,
     /// Why it is not healthy.
@@ -42,6 +43,12 @@ pub trait Engine: Send + Sync + 'static {
     /// [`SubmitError`]; nothing was queued then and `sink` hears nothing.
     fn submit(&self, request: Request, sink: Box<dyn EventSink>) -> Result<(), SubmitError>;
 
+    /// Queues all of `requests` or none of them, one behind the other.
+    ///
+    /// # Errors
+    /// [`SubmitError`]; nothing was queued then and no sink hears anything.
+    fn submit_all(&self, requests: Vec<(Request, Box<dyn EventSink>)>) -> Result<(), SubmitError>;
+
     /// What the engine is doing now.
     fn status(&self) -> Status;
 }
@@ -59,14 +66,23 @@ pub struct Handle {
 pub(super) struct Shared {
     pub(super) device: Device,
     pub(super) queue_limit: usize,
+    pub(super) queue_tokens: usize,
     pub(super) context_tokens: usize,
     pub(super) vocab_size: usize,
     pub(super) limits: SchedulerLimits,
     /// In the channel or in the scheduler's queue.
-    pub(super) waiting: AtomicUsize,
+    pub(super) waiting: Mutex<Waiting>,
     pub(super) progress: Mutex<Progress>,
     pub(super) failure: Mutex<Option<String>>,
     pub(super) resident: Mutex<Result<(), String>>,
+}
+
+/// How much waits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Waiting {
+    pub(super) requests: usize,
+    /// Their prompts and longest answers.
+    pub(super) tokens: usize,
 }
 
 /// What the engine's thread last said of itself.
@@ -85,24 +101,30 @@ pub(super) struct Submission {
 
 impl Engine for Handle {
     fn submit(&self, request: Request, sink: Box<dyn EventSink>) -> Result<(), SubmitError> {
+        self.submit_all(vec![(request, sink)])
+    }
+
+    fn submit_all(&self, requests: Vec<(Request, Box<dyn EventSink>)>) -> Result<(), SubmitError> {
         let shared = &self.shared;
         if let Some(reason) = lock(&shared.failure).clone() {
             return Err(SubmitError::Stopped { reason });
         }
-        check(&request, shared.context_tokens, shared.vocab_size, &shared.limits)?;
-        // The channel has as many places, and whoever is in it is counted: it is never full.
-        let limit = shared.queue_limit;
-        let place = |waiting: usize| (waiting < limit).then_some(waiting + 1);
-        if shared.waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, place).is_err() {
-            return Err(SubmitError::QueueFull { limit });
+        for (request, _) in &requests {
+            check(request, shared.context_tokens, shared.vocab_size, &shared.limits)?;
         }
-        self.queue.try_send(Submission { request, sink }).map_err(|error| {
-            shared.waiting.fetch_sub(1, Ordering::Relaxed);
-            match error {
-                TrySendError::Full(_) => SubmitError::QueueFull { limit },
-                TrySendError::Disconnected(_) => SubmitError::Stopped { reason: "its thread has ended".to_owned() },
-            }
-        })
+        let tokens = requests.iter().map(|(request, _)| request.most_tokens()).sum();
+        shared.reserve(Waiting { requests: requests.len(), tokens })?;
+        for (request, sink) in requests {
+            // The channel has as many places, and whoever is in it is counted: it is never full.
+            self.queue.try_send(Submission { request, sink }).map_err(|error| match error {
+                TrySendError::Full(_) => SubmitError::QueueFull { limit: shared.queue_limit },
+                TrySendError::Disconnected(_) => {
+                    *lock(&shared.waiting) = Waiting::default();
+                    SubmitError::Stopped { reason: "its thread has ended".to_owned() }
+                }
+            })?;
+        }
+        Ok(())
     }
 
     fn status(&self) -> Status {
@@ -113,9 +135,11 @@ impl Engine for Handle {
             .or_else(|| lock(&shared.resident).clone().err());
         // The waiting are read under the lock under which they become running.
         let progress = lock(&shared.progress);
+        let waiting = *lock(&shared.waiting);
         Status {
             running: progress.running,
-            waiting: shared.waiting.load(Ordering::Relaxed),
+            waiting: waiting.requests,
+            waiting_tokens: waiting.tokens,
             healthy: failure.is_none(),
             failure,
             resident: lock(&shared.resident).is_ok(),
@@ -124,6 +148,27 @@ impl Engine for Handle {
             preemptions: progress.preemptions,
             steps: progress.steps,
         }
+    }
+}
+
+impl Shared {
+    /// Counts `more` as waiting, all of it or nothing.
+    fn reserve(&self, more: Waiting) -> Result<(), SubmitError> {
+        let mut waiting = lock(&self.waiting);
+        if waiting.requests + more.requests > self.queue_limit {
+            return Err(SubmitError::QueueFull { limit: self.queue_limit });
+        }
+        // Where nobody waits, a request that is longer than the bound would otherwise never be taken.
+        if waiting.requests > 0 && waiting.tokens.saturating_add(more.tokens) > self.queue_tokens {
+            return Err(SubmitError::QueueTokens {
+                waiting_tokens: waiting.tokens,
+                request_tokens: more.tokens,
+                limit: self.queue_tokens,
+            });
+        }
+        waiting.requests += more.requests;
+        waiting.tokens = waiting.tokens.saturating_add(more.tokens);
+        Ok(())
     }
 }
 

@@ -13,6 +13,7 @@
 //! | `pages` | the page pool: who holds which page, which contents are known |
 //! | `batch` | a plan as the model takes it |
 //! | `client` | a request's owner: delivery |
+//! | `prompt_scores` | log-probabilities of prompts |
 //! | `sampler` | logits to tokens |
 
 mod batch;
@@ -22,6 +23,7 @@ mod clock;
 mod handle;
 mod options;
 mod pages;
+mod prompt_scores;
 mod request;
 mod run;
 mod sampler;
@@ -34,6 +36,7 @@ pub use options::{CacheSize, EngineOptions, Trial};
 pub use pages::PageCounts;
 pub use request::{
     EngineError, Event, EventSink, Finish, FinishReason, Refused, Request, Sampling, SubmitError, TokenEvent,
+    choice_seed,
 };
 pub use run::spawn;
 pub use sampler::{MAX_TOP_LOGPROBS, SampleRow, Sampled, Sampler};

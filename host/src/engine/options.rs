@@ -9,6 +9,9 @@ use crate::device::{Device, DeviceError};
 pub struct EngineOptions {
     /// Requests that may wait.
     pub queue: usize,
+    /// Tokens, of prompts and of answers at their longest, that the waiting requests may have together. A request that
+    /// nobody waits before is taken whatever its length.
+    pub queue_tokens: usize,
     /// Tokens that one step computes at most, of all requests together.
     pub chunk_tokens: usize,
     /// Requests that are generated at once at most.
@@ -34,6 +37,9 @@ pub struct Trial {
     pub poison: bool,
 }
 
+/// A full queue at 4096 tokens a request.
+const QUEUE_TOKENS: usize = 1 << 20;
+
 /// How much memory the KV cache gets. Except for [`Pages`](Self::Pages) it holds at least one full context.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum CacheSize {
@@ -52,10 +58,28 @@ impl EngineOptions {
         let (residency_check, time_steps, trial) = (Duration::from_secs(60), false, Trial::default());
         if device.is_cuda() {
             let cache = CacheSize::FreeFraction(0.9);
-            Self { queue: 256, chunk_tokens: 4096, max_running: 256, cache, residency_check, time_steps, trial }
+            Self {
+                queue: 256,
+                queue_tokens: QUEUE_TOKENS,
+                chunk_tokens: 4096,
+                max_running: 256,
+                cache,
+                residency_check,
+                time_steps,
+                trial,
+            }
         } else {
             let cache = CacheSize::Bytes(128 << 20);
-            Self { queue: 256, chunk_tokens: 256, max_running: 32, cache, residency_check, time_steps, trial }
+            Self {
+                queue: 256,
+                queue_tokens: QUEUE_TOKENS,
+                chunk_tokens: 256,
+                max_running: 32,
+                cache,
+                residency_check,
+                time_steps,
+                trial,
+            }
         }
     }
 

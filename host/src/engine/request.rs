@@ -45,8 +45,11 @@ impl Default for Sampling {
 pub struct Request {
     /// The prompt; not empty.
     pub prompt: Vec<u32>,
-    /// Tokens to generate at most; at least 1. Prompt and answer together must fit the context.
+    /// Tokens to generate at most; at least 1, or 0 with [`prompt_logprobs`](Self::prompt_logprobs). Prompt and answer
+    /// together must fit the context.
     pub max_tokens: u32,
+    /// Tokens to generate at least: before them no stop token can be chosen. At most `max_tokens`.
+    pub min_tokens: u32,
     /// How tokens are chosen.
     pub sampling: Sampling,
     /// Tokens that end the answer (end-of-sequence ids and the client's own). The ending token is reported in
@@ -54,17 +57,58 @@ pub struct Request {
     pub stop_tokens: Vec<u32>,
     /// Report log-probabilities, and those of the `n` most likely tokens (0 to 20) at each position.
     pub logprobs: Option<u32>,
+    /// The same of the prompt's tokens, as one [`Event::Prompt`] before the first token. The prompt is then computed
+    /// without what the cache holds of it, and in steps with few of its tokens each, since every one needs logits.
+    pub prompt_logprobs: Option<u32>,
     /// What is computed of this request is used again only for requests with the same salt. It changes no answer; it
     /// keeps others from learning by the clock what was asked.
     pub cache_salt: Option<String>,
 }
 
-/// A generated token.
+impl Default for Request {
+    /// Without a prompt, and so refused; one token, drawn from the model's own distribution.
+    fn default() -> Self {
+        Self {
+            prompt: Vec::new(),
+            max_tokens: 1,
+            min_tokens: 0,
+            sampling: Sampling::default(),
+            stop_tokens: Vec::new(),
+            logprobs: None,
+            prompt_logprobs: None,
+            cache_salt: None,
+        }
+    }
+}
+
+impl Request {
+    /// The most tokens that prompt and answer can have.
+    #[must_use]
+    pub fn most_tokens(&self) -> usize {
+        self.prompt.len().saturating_add(self.max_tokens as usize)
+    }
+}
+
+/// The seed of choice number `choice` of a request with this seed: choice 0 has the seed itself. The low 53 bits are
+/// raised, modulo 2^53, by those of the `SplitMix64` finalizer of `choice * 0x9e3779b97f4a7c15`; the high 11 bits stay. So a seed
+/// that JavaScript can write gives seeds that it can write, and no two of the first 2^20 choices share one.
+#[must_use]
+pub fn choice_seed(seed: u64, choice: u32) -> u64 {
+    const LOW: u64 = (1 << 53) - 1;
+    let mut z = u64::from(choice).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^= z >> 31;
+    (seed & !LOW) | (seed.wrapping_add(z) & LOW)
+}
+
+/// A token with its log-probabilities: a generated one, or one of the prompt.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TokenEvent {
     /// Its id.
     pub id: u32,
-    /// Natural log of its probability, before temperature and penalties; with [`Request::logprobs`] only.
+    /// Natural log of its probability, before temperature and penalties; where asked for, and not of a prompt's first
+    /// token, which follows nothing.
     pub logprob: Option<f32>,
     /// The most likely tokens at this position with theirs, most likely first.
     pub top: Vec<(u32, f32)>,
@@ -92,9 +136,12 @@ pub struct Finish {
     pub cached_tokens: u32,
 }
 
-/// What a request's owner is told: any number of tokens, then exactly one `End` or `Error`.
+/// What a request's owner is told: the prompt's log-probabilities if asked for, any number of tokens, then exactly one
+/// `End` or `Error`.
 #[derive(Clone, Debug)]
 pub enum Event {
+    /// The prompt's tokens with their log-probabilities, once, before everything else.
+    Prompt(Vec<TokenEvent>),
     /// The next token.
     Token(TokenEvent),
     /// The answer is complete.
@@ -131,6 +178,19 @@ pub enum SubmitError {
     #[error("the queue is full ({limit} requests waiting); try again later")]
     QueueFull {
         /// Requests that may wait.
+        limit: usize,
+    },
+    /// Those who wait may be given so many tokens that this request's are too many; try again later.
+    #[error(
+        "the waiting requests may take {waiting_tokens} tokens of prompts and answers and this one {request_tokens}; \
+         {limit} may wait; try again later"
+    )]
+    QueueTokens {
+        /// Prompts and longest answers of all that wait.
+        waiting_tokens: usize,
+        /// Prompts and longest answers of what was asked for now.
+        request_tokens: usize,
+        /// Tokens that may wait.
         limit: usize,
     },
     /// The prompt is empty.
@@ -232,5 +292,26 @@ impl EngineError {
             Self::Cancelled => "CANCELLED",
             Self::Stopped => "SHUTTING_DOWN",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::choice_seed;
+
+    #[test]
+    fn choices_have_seeds_of_their_own() {
+        for seed in [0, 1, 7, (1 << 53) - 1] {
+            let seeds: BTreeSet<u64> = (0..1 << 20).map(|choice| choice_seed(seed, choice)).collect();
+            assert_eq!(seeds.len(), 1 << 20);
+            assert!(seeds.iter().all(|&seed| seed < 1 << 53));
+            assert_eq!(choice_seed(seed, 0), seed);
+        }
+        assert_eq!(choice_seed(u64::MAX, 0), u64::MAX);
+        assert_eq!(choice_seed(u64::MAX, 9) >> 53, u64::MAX >> 53);
+        // SplitMix64's published first value, of the seed 0, and what is left of it.
+        assert_eq!(choice_seed(0, 1), 0xe220_a839_7b1d_cdaf & ((1 << 53) - 1));
     }
 }

@@ -1,7 +1,6 @@
 //! The engine's own thread: takes requests from a bounded queue and computes them together, a step at a time.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -10,7 +9,8 @@ use std::time::{Duration, Instant};
 use super::batch::Batch;
 use super::client::Client;
 use super::clock::StepClock;
-use super::handle::{Handle, Progress, Shared, Submission, lock};
+use super::handle::{Handle, Progress, Shared, Submission, Waiting, lock};
+use super::prompt_scores;
 use super::sampler::{SampleRow, Sampled, Sampler};
 use super::scheduler::{NeverFits, Plan, Scheduler, SchedulerLimits};
 use super::sequence::SequenceId;
@@ -21,6 +21,10 @@ use crate::ops::PAGE;
 
 /// How long nothing has to happen before the pages are recounted, so that the recount seldom delays a request.
 const RECOUNT_AFTER: Duration = Duration::from_secs(1);
+
+/// Rows with logits that a step has room for even where few requests run, so that the log-probabilities of a prompt do
+/// not come a token a step.
+const LEAST_LOGITS_ROWS: usize = 16;
 
 /// Starts an engine for `model` on its own thread. All memory that it will use is allocated here.
 ///
@@ -33,26 +37,29 @@ pub fn spawn(model: Arc<Model>, options: EngineOptions) -> Result<(Handle, JoinH
     // At least 2, as for the scheduler; no more than all requests can fill.
     let rows = options.chunk_tokens.min(options.max_running.saturating_mul(model.context_tokens())).max(2);
     let segments = options.max_running.min(rows);
+    let logits_rows = segments.max(LEAST_LOGITS_ROWS.min(rows));
     let workspace = model.workspace(StepLimits {
         rows,
         decode_rows: segments,
-        logits_rows: segments,
+        logits_rows,
         table_entries: segments * context_pages,
     })?;
-    let sampler = Sampler::new(&device, segments, model.config().vocab)?;
+    let sampler = Sampler::new(&device, logits_rows, model.config().vocab)?;
     // The cache comes last: it may take what is left.
     let page_bytes = KvCache::page_bytes(model.config().layers, model.heads());
     let pages = options.cache.pages(&device, page_bytes, context_pages, options.max_running)?;
     let cache = model.kv_cache(pages)?;
     tracing::info!(pages, tokens = cache.capacity_tokens(), bytes = pages as u64 * page_bytes, "KV cache");
-    let limits = SchedulerLimits { page_tokens: PAGE, pages, running: options.max_running, step_tokens: rows };
+    let limits =
+        SchedulerLimits { page_tokens: PAGE, pages, running: options.max_running, step_tokens: rows, logits_rows };
     let shared = Arc::new(Shared {
         device,
         queue_limit: options.queue,
+        queue_tokens: options.queue_tokens,
         context_tokens: model.context_tokens(),
         vocab_size: model.config().vocab,
         limits,
-        waiting: AtomicUsize::new(0),
+        waiting: Mutex::default(),
         progress: Mutex::default(),
         failure: Mutex::new(None),
         resident: Mutex::new(Ok(())),
@@ -71,7 +78,7 @@ pub fn spawn(model: Arc<Model>, options: EngineOptions) -> Result<(Handle, JoinH
         clients: BTreeMap::new(),
         batch: Batch::default(),
         clock,
-        counted_waiting: 0,
+        counted: Waiting::default(),
         recount_due: false,
         residency_check: options.residency_check,
         poison: options.trial.poison,
@@ -94,7 +101,7 @@ impl Drop for LastWord {
         if std::thread::panicking() {
             let reason = "the engine's thread panicked; restart the server and report what it wrote";
             lock(&self.0.failure).get_or_insert_with(|| reason.to_owned());
-            self.0.waiting.store(0, Ordering::Relaxed);
+            *lock(&self.0.waiting) = Waiting::default();
             lock(&self.0.progress).running = 0;
         }
     }
@@ -111,7 +118,7 @@ struct Worker {
     batch: Batch,
     clock: StepClock,
     /// How many of `Shared::waiting` are the scheduler's; the others are in the channel.
-    counted_waiting: usize,
+    counted: Waiting,
     /// Something was computed since the last recount.
     recount_due: bool,
     residency_check: Duration,
@@ -171,16 +178,22 @@ impl Worker {
 
     /// After a device failure every request is refused with its reason.
     fn take(&mut self, Submission { mut request, sink }: Submission) {
-        self.counted_waiting += 1;
+        let most_tokens = request.most_tokens();
+        self.counted.requests += 1;
+        self.counted.tokens += most_tokens;
+        // Those that do not exist are never chosen.
+        request.stop_tokens.retain(|&id| (id as usize) < self.shared.vocab_size);
         let (prompt, salt) = (std::mem::take(&mut request.prompt), request.cache_salt.take());
-        let most_tokens = prompt.len() + request.max_tokens as usize;
-        let mut client = Client::new(request, prompt.len(), sink);
+        let mut client = Client::new(request, &prompt, sink);
         if let Some(reason) = lock(&self.shared.failure).clone() {
             client.fail(EngineError::Device(reason));
             return;
         }
         match self.scheduler.submit(prompt, most_tokens, salt.as_deref()) {
             Ok(id) => {
+                if client.prompt_logprobs().is_some() {
+                    self.scheduler.score_prompt(id);
+                }
                 self.clients.insert(id, client);
             }
             Err(NeverFits { needed_pages, total_pages }) => {
@@ -213,6 +226,20 @@ impl Worker {
             self.poison(&plan)?;
         }
         self.batch.fill(&plan, &self.scheduler);
+        // Where everybody wants the likeliest token and nothing else, the model chooses it.
+        let plain = self.batch.scores().is_empty()
+            && plan.segments.iter().filter(|segment| segment.wants_token).all(|segment| {
+                self.clients.get(&segment.id).is_some_and(|client| client.sample_row(0).is_plain())
+            });
+        self.clock.start()?;
+        if plain {
+            self.model.forward_greedy(&self.batch.step(), &mut self.cache, &mut self.workspace)?;
+        } else {
+            self.model.forward(&self.batch.step(), &mut self.cache, &mut self.workspace)?;
+        }
+        self.scheduler.commit(&plan);
+        self.score_prompts()?;
+
         let mut chosen: Vec<(SequenceId, u32, usize)> = Vec::with_capacity(plan.segments.len());
         let mut rows: Vec<SampleRow<'_>> = Vec::with_capacity(plan.segments.len());
         for segment in plan.segments.iter().filter(|segment| segment.wants_token) {
@@ -223,22 +250,15 @@ impl Worker {
                 rows.push(client.sample_row(position));
             }
         }
-        self.clock.start()?;
-        if rows.is_empty() {
-            self.model.forward(&self.batch.step(), &mut self.cache, &mut self.workspace)?;
-            self.scheduler.commit(&plan);
-            return self.clock.stop();
-        }
-        let sampled = if rows.iter().all(SampleRow::is_plain) {
-            self.model.forward_greedy(&self.batch.step(), &mut self.cache, &mut self.workspace)?;
+        let sampled: Vec<Sampled> = if rows.is_empty() {
+            Vec::new()
+        } else if plain {
             let ids = self.model.device().download(self.workspace.chosen(rows.len())?)?;
             ids.into_iter().map(Sampled::from).collect()
         } else {
-            self.model.forward(&self.batch.step(), &mut self.cache, &mut self.workspace)?;
             self.sampler.sample(&self.workspace.logits(rows.len())?, &rows)?
         };
         self.clock.stop()?;
-        self.scheduler.commit(&plan);
         for ((id, position, cached_tokens), sampled) in chosen.into_iter().zip(sampled) {
             let Some(client) = self.clients.get_mut(&id) else { continue };
             if let Some(token) = client.deliver(sampled, position, cached_tokens) {
@@ -264,6 +284,16 @@ impl Worker {
         Ok(())
     }
 
+    /// Tells of the log-probabilities of prompts that the step has computed, before the tokens behind them are chosen.
+    fn score_prompts(&mut self) -> Result<(), DeviceError> {
+        if self.batch.scores().is_empty() {
+            return Ok(());
+        }
+        let (all, choosing) = (self.batch.step().logits_rows.len(), self.batch.choosing_rows());
+        let logits = self.workspace.logits(all)?.slice(choosing * self.model.config().vocab..)?;
+        prompt_scores::deliver(&self.batch, &self.scheduler, &mut self.clients, &mut self.sampler, &logits)
+    }
+
     /// The device failed: nobody gets an answer any more.
     fn fail(&mut self, error: &DeviceError) {
         tracing::error!(code = error.code().as_str(), %error, "the device failed; the engine answers nothing more");
@@ -276,7 +306,7 @@ impl Worker {
 
     /// Says how things stand.
     fn publish(&mut self) {
-        let waiting = self.scheduler.waiting();
+        let now = Waiting { requests: self.scheduler.waiting(), tokens: self.scheduler.waiting_tokens() };
         // Under the lock, so that nobody sees an idle engine that has work.
         let mut progress = lock(&self.shared.progress);
         *progress = Progress {
@@ -285,12 +315,12 @@ impl Worker {
             preemptions: self.scheduler.preemptions(),
             steps: self.clock.times(),
         };
-        // One operation: others count up at the same time.
-        match waiting.checked_sub(self.counted_waiting) {
-            Some(more) => self.shared.waiting.fetch_add(more, Ordering::Relaxed),
-            None => self.shared.waiting.fetch_sub(self.counted_waiting - waiting, Ordering::Relaxed),
-        };
-        self.counted_waiting = waiting;
+        // What was submitted meanwhile stays counted.
+        let mut waiting = lock(&self.shared.waiting);
+        waiting.requests = (waiting.requests + now.requests).saturating_sub(self.counted.requests);
+        waiting.tokens = waiting.tokens.saturating_add(now.tokens).saturating_sub(self.counted.tokens);
+        drop(waiting);
+        self.counted = now;
     }
 
     /// With nothing to do: recounts the pages. Wrong books could give one request another's context, so they stop the

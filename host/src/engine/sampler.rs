@@ -14,6 +14,8 @@ pub struct SampleRow<'a> {
     pub sampling: &'a Sampling,
     /// How often each token was generated so far.
     pub counts: &'a BTreeMap<u32, u32>,
+    /// Tokens that must not be chosen.
+    pub banned: &'a [u32],
     /// The position of the token to choose.
     pub position: u32,
     /// Log-probabilities are wanted, of this many most likely tokens too.
@@ -112,16 +114,9 @@ impl Sampler {
     /// More rows than the sampler has, or the device's error.
     pub fn sample(&mut self, logits: &Slice<'_, f32>, rows: &[SampleRow<'_>]) -> Result<Vec<Sampled>, DeviceError> {
         let count = rows.len();
-        if count == 0 || count > self.rows || logits.len() != count * self.vocab {
-            return Err(DeviceError::InvalidParameter(format!(
-                "{count} rows of {} logits in all, for a sampler of {} rows of {}",
-                logits.len(),
-                self.rows,
-                self.vocab
-            )));
-        }
+        self.check_rows(logits, count)?;
         self.choose(logits, rows)?;
-        let probabilities = self.log_probs(logits, rows)?;
+        let probabilities = self.log_probs(logits, count, rows.iter().filter_map(|row| row.logprobs).max())?;
         let ids = self.device.download(self.ids.slice(..count)?)?;
         Ok(ids
             .into_iter()
@@ -131,6 +126,35 @@ impl Sampler {
                 Sampled { id: (id != u32::MAX).then_some(id), logprob, top }
             })
             .collect())
+    }
+
+    /// The log-probabilities of given tokens, one for each row of `logits` \[R, V\], and of the `top` most likely ones.
+    ///
+    /// # Errors
+    /// More rows than the sampler has, or the device's error.
+    pub fn score(&mut self, logits: &Slice<'_, f32>, tokens: &[u32], top: u32) -> Result<Vec<Sampled>, DeviceError> {
+        let count = tokens.len();
+        self.check_rows(logits, count)?;
+        self.device.upload(self.ids.slice_mut(..count)?, tokens)?;
+        let listed = self.log_probs(logits, count, Some(top))?;
+        let scored = tokens.iter().enumerate().map(|(row, &id)| {
+            let (logprob, top) = listed.row(row, Some(top));
+            Sampled { id: Some(id), logprob, top }
+        });
+        Ok(scored.collect())
+    }
+
+    /// An error unless `logits` has `count` rows that fit.
+    fn check_rows(&self, logits: &Slice<'_, f32>, count: usize) -> Result<(), DeviceError> {
+        if count == 0 || count > self.rows || logits.len() != count * self.vocab {
+            return Err(DeviceError::InvalidParameter(format!(
+                "{count} rows of {} logits in all, for a sampler of {} rows of {}",
+                logits.len(),
+                self.rows,
+                self.vocab
+            )));
+        }
+        Ok(())
     }
 
     /// Leaves the chosen ids in `self.ids`.
@@ -201,11 +225,10 @@ impl Sampler {
         ops::sample(device, &scratch.as_slice(), params, &mut ids)
     }
 
-    fn log_probs(&mut self, logits: &Slice<'_, f32>, rows: &[SampleRow<'_>]) -> Result<Listed, DeviceError> {
-        let Some(per_row) = rows.iter().filter_map(|row| row.logprobs).max() else {
-            return Ok(Listed::default());
-        };
-        let (device, count) = (&self.device, rows.len());
+    /// Of the `count` tokens in `self.ids`, and of the `most` most likely ones of each row; of none where that is none.
+    fn log_probs(&mut self, logits: &Slice<'_, f32>, count: usize, most: Option<u32>) -> Result<Listed, DeviceError> {
+        let Some(per_row) = most else { return Ok(Listed::default()) };
+        let device = &self.device;
         let per_row = per_row.min(MAX_TOP_LOGPROBS) as usize;
         let mut out = LogProbs {
             ids: self.top_ids.slice_mut(..count * per_row)?,
@@ -248,7 +271,7 @@ fn is_penalised(row: &SampleRow<'_>) -> bool {
 }
 
 fn has_penalties(row: &SampleRow<'_>) -> bool {
-    !row.sampling.logit_bias.is_empty() || is_penalised(row)
+    !row.sampling.logit_bias.is_empty() || !row.banned.is_empty() || is_penalised(row)
 }
 
 struct PenaltyEntry {
@@ -267,6 +290,7 @@ fn penalty_entries(rows: &[SampleRow<'_>]) -> Vec<PenaltyEntry> {
         for &(id, bias) in &row.sampling.logit_bias {
             *biases.entry(id).or_insert(0.0) += bias;
         }
+        biases.extend(row.banned.iter().map(|&id| (id, f32::NEG_INFINITY)));
         let row = index as u32;
         entries.extend(counts.iter().map(|(&token, &count)| {
             let bias = biases.remove(&token).unwrap_or(0.0);
@@ -300,7 +324,7 @@ mod tests {
         let counts = BTreeMap::new();
         let rows: Vec<_> = samplings
             .iter()
-            .map(|sampling| SampleRow { sampling, counts: &counts, position: 1, logprobs: None })
+            .map(|sampling| SampleRow { sampling, counts: &counts, banned: &[], position: 1, logprobs: None })
             .collect();
         let sampled = sampler.sample(&logits.as_slice(), &rows).unwrap();
         let ids: Vec<_> = sampled.into_iter().map(|sampled| sampled.id).collect();
@@ -310,16 +334,21 @@ mod tests {
     #[test]
     fn what_a_row_lists_follows_from_it_alone() {
         let counts: BTreeMap<u32, u32> = [(3, 2), (5, 1)].into();
-        let listed = |sampling: Sampling| {
-            let row = SampleRow { sampling: &sampling, counts: &counts, position: 9, logprobs: None };
+        let listed_with = |sampling: Sampling, banned: &[u32]| {
+            let row = SampleRow { sampling: &sampling, counts: &counts, banned, position: 9, logprobs: None };
             let entries = penalty_entries(&[row]);
             entries.iter().map(|entry| (entry.row, entry.token, entry.count, entry.bias)).collect::<Vec<_>>()
         };
+        let listed = |sampling: Sampling| listed_with(sampling, &[]);
         let bias = vec![(5, 1.0), (7, -2.0), (5, 0.5)];
         assert_eq!(listed(Sampling::default()), []);
         let biased = Sampling { logit_bias: bias.clone(), ..Sampling::default() };
         assert_eq!(listed(biased.clone()), [(0, 5, 0, 1.5), (0, 7, 0, -2.0)]);
         let both = Sampling { presence_penalty: 0.1, ..biased };
-        assert_eq!(listed(both), [(0, 3, 2, 0.0), (0, 5, 1, 1.5), (0, 7, 0, -2.0)]);
+        assert_eq!(listed(both.clone()), [(0, 3, 2, 0.0), (0, 5, 1, 1.5), (0, 7, 0, -2.0)]);
+        // What is banned is banned once, whatever else concerns it.
+        let never = f32::NEG_INFINITY;
+        assert_eq!(listed_with(Sampling::default(), &[9, 3, 9]), [(0, 3, 0, never), (0, 9, 0, never)]);
+        assert_eq!(listed_with(both, &[7, 5]), [(0, 3, 2, 0.0), (0, 5, 1, never), (0, 7, 0, never)]);
     }
 }

@@ -22,6 +22,8 @@ pub(super) struct SchedulerLimits {
     pub(super) running: usize,
     /// Tokens of a step; at least 2, so that neither prompts nor answers stop for the other.
     pub(super) step_tokens: usize,
+    /// Rows of a step whose logits are computed; at least as many as sequences can be in a step.
+    pub(super) logits_rows: usize,
 }
 
 impl SchedulerLimits {
@@ -107,6 +109,11 @@ impl Scheduler {
         self.waiting.len()
     }
 
+    /// Tokens that the waiting sequences may come to.
+    pub(super) fn waiting_tokens(&self) -> usize {
+        self.waiting.iter().map(|sequence| sequence.most_tokens).sum()
+    }
+
     pub(super) fn is_idle(&self) -> bool {
         self.running.is_empty() && self.waiting.is_empty()
     }
@@ -135,8 +142,15 @@ impl Scheduler {
             return Err(NeverFits { needed_pages, total_pages: self.limits.pages });
         }
         self.next_id += 1;
-        self.waiting.push_back(Sequence::new(self.next_id, prompt, self.limits.page_tokens, salt));
+        self.waiting.push_back(Sequence::new(self.next_id, prompt, most_tokens, self.limits.page_tokens, salt));
         Ok(self.next_id)
+    }
+
+    /// Wants the logits of the whole prompt of a sequence that was queued just now.
+    pub(super) fn score_prompt(&mut self, id: SequenceId) {
+        if let Some(sequence) = self.waiting.back_mut().filter(|sequence| sequence.id == id) {
+            sequence.score_prompt();
+        }
     }
 
     /// The running sequence with this id.
@@ -226,7 +240,7 @@ impl Scheduler {
         while self.running.len() < self.limits.running
             && let Some(sequence) = self.waiting.front()
         {
-            let shared = sequence.shareable().iter().map_while(|key| self.pool.find(key)).filter(|&held| held).count();
+            let shared = sequence.adoptable().iter().map_while(|key| self.pool.find(key)).filter(|&held| held).count();
             if self.pool.available() < sequence.page_count() - shared + self.running.len() {
                 return;
             }
@@ -253,6 +267,8 @@ impl Scheduler {
                 prompts.push((index, 0));
             }
         }
+        // Logits rows that nobody needs for the next token: one is kept for each sequence, which may score with its own.
+        let mut spare = self.limits.logits_rows.saturating_sub(plan.segments.len() + prompts.len());
         let mut by_length: Vec<usize> = (0..prompts.len()).collect();
         by_length.sort_by_key(|&place| self.running[prompts[place].0].remaining());
 
@@ -265,7 +281,13 @@ impl Scheduler {
             let sequence = &self.running[*index];
             let waits = *given == 0 && sequence.next_key().is_some_and(|key| computing.contains(key));
             let most = if is_oldest_half { half } else { left };
-            let rows = if waits { 0 } else { most.min(sequence.remaining() - *given) };
+            let mut rows = if waits { 0 } else { most.min(sequence.remaining() - *given) };
+            if sequence.is_scoring() {
+                let without = sequence.rows_before_scores() + 1;
+                let taken = given.saturating_sub(without);
+                rows = rows.min(without + taken + spare - *given);
+                spare -= (*given + rows).saturating_sub(without) - taken;
+            }
             if rows > 0 {
                 *given += rows;
                 left -= rows;

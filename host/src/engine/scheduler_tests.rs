@@ -63,6 +63,23 @@ impl Subject for Overrun {
     }
 }
 
+/// Plans prompts as if logits cost nothing.
+struct Prodigal(Scheduler);
+
+impl Subject for Prodigal {
+    fn scheduler(&mut self) -> &mut Scheduler {
+        &mut self.0
+    }
+
+    fn plan(&mut self) -> Plan {
+        let room = self.0.limits.logits_rows;
+        self.0.limits.logits_rows = 1 << 30;
+        let plan = self.0.plan();
+        self.0.limits.logits_rows = room;
+        plan
+    }
+}
+
 struct Starving(Scheduler);
 
 impl Subject for Starving {
@@ -81,6 +98,8 @@ struct Live {
     prompt_tokens: usize,
     most_tokens: usize,
     salt: u64,
+    /// Where the prompt's logits are wanted: how many rows have given theirs.
+    scored: Option<usize>,
     /// The plan by which it has ended.
     deadline: u64,
 }
@@ -95,6 +114,7 @@ struct Tally {
     counts: PageCounts,
     largest_share: usize,
     cached_tokens: u64,
+    scored: u64,
 }
 
 fn mix(digest: u64, token: u32) -> u64 {
@@ -149,9 +169,13 @@ impl<S: Subject> Traffic<'_, S> {
                 }
                 // The oldest one is never put back, has a turn in each round and needs at most so many turns; then the next
                 // one is the oldest.
+                let scored = (self.random.below(6) == 0).then_some(0);
+                if scored.is_some() {
+                    self.subject.scheduler().score_prompt(id);
+                }
                 let each = self.longest() as u64 * (1 + self.round());
                 let deadline = self.plans + (self.live.len() as u64 + 1) * each;
-                let live = Live { prompt_tokens: prompt_tokens as usize, most_tokens, salt, deadline };
+                let live = Live { prompt_tokens: prompt_tokens as usize, most_tokens, salt, scored, deadline };
                 self.live.insert(id, live);
             }
             Err(NeverFits { needed_pages, total_pages }) => {
@@ -198,6 +222,7 @@ impl<S: Subject> Traffic<'_, S> {
         }
         self.watch_oldest(&plan)?;
 
+        self.score(&plan)?;
         let mut next_tokens = Vec::new();
         for segment in &plan.segments {
             next_tokens.push(self.compute(segment)?);
@@ -220,6 +245,36 @@ impl<S: Subject> Traffic<'_, S> {
             }
         }
         Ok(())
+    }
+
+    /// Every row of a prompt whose logits are wanted gives them once, in order, before the first token; in no step are
+    /// there more logits than there is room for.
+    fn score(&mut self, plan: &Plan) -> Result<(), String> {
+        let mut logits = 0;
+        for segment in &plan.segments {
+            logits += usize::from(segment.wants_token);
+            let positions = self.subject.scheduler().sequence(segment.id).map(|s| s.scores_of_next(segment.rows));
+            let (positions, live) = (positions.unwrap_or_default(), self.live.get_mut(&segment.id));
+            let Some(live) = live else { continue };
+            logits += positions.len();
+            self.tally.scored += positions.len() as u64;
+            let Some(scored) = &mut live.scored else {
+                if positions.is_empty() {
+                    continue;
+                } else {
+                    return Err("logits that nobody wants".to_owned());
+                };
+            };
+            if !positions.is_empty() && positions.start != *scored {
+                return Err(format!("the logits of {positions:?} come behind those of {scored} rows"));
+            }
+            *scored += positions.len();
+            if segment.wants_token && *scored + 1 < live.prompt_tokens {
+                return Err(format!("a token is chosen behind {scored} of {} rows of a prompt", live.prompt_tokens));
+            }
+        }
+        let room = self.limits.logits_rows;
+        if logits > room { Err(format!("logits of {logits} rows in a step with room for {room}")) } else { Ok(()) }
     }
 
     /// The oldest running sequence gets something in every round.
@@ -322,19 +377,19 @@ fn drive(subject: &mut impl Subject, seed: u64, steps: u64) -> Result<Tally, Str
 }
 
 fn limits(page_tokens: usize, pages: usize, running: usize, step_tokens: usize) -> SchedulerLimits {
-    SchedulerLimits { page_tokens, pages, running, step_tokens }
+    SchedulerLimits { page_tokens, pages, running, step_tokens, logits_rows: running.min(step_tokens) }
 }
 
 /// Many shapes, each with its own seed: pages few and many, budgets below and above the sequences that run.
 const SHAPES: [SchedulerLimits; 8] = [
-    SchedulerLimits { page_tokens: 4, pages: 6, running: 4, step_tokens: 8 },
-    SchedulerLimits { page_tokens: 4, pages: 10, running: 6, step_tokens: 5 },
-    SchedulerLimits { page_tokens: 2, pages: 9, running: 3, step_tokens: 4 },
-    SchedulerLimits { page_tokens: 8, pages: 5, running: 8, step_tokens: 16 },
-    SchedulerLimits { page_tokens: 4, pages: 8, running: 7, step_tokens: 2 },
-    SchedulerLimits { page_tokens: 1, pages: 13, running: 5, step_tokens: 6 },
-    SchedulerLimits { page_tokens: 3, pages: 16, running: 2, step_tokens: 100 },
-    SchedulerLimits { page_tokens: 4, pages: 30, running: 12, step_tokens: 24 },
+    SchedulerLimits { page_tokens: 4, pages: 6, running: 4, step_tokens: 8, logits_rows: 4 },
+    SchedulerLimits { page_tokens: 4, pages: 10, running: 6, step_tokens: 5, logits_rows: 7 },
+    SchedulerLimits { page_tokens: 2, pages: 9, running: 3, step_tokens: 4, logits_rows: 3 },
+    SchedulerLimits { page_tokens: 8, pages: 5, running: 8, step_tokens: 16, logits_rows: 9 },
+    SchedulerLimits { page_tokens: 4, pages: 8, running: 7, step_tokens: 2, logits_rows: 2 },
+    SchedulerLimits { page_tokens: 1, pages: 13, running: 5, step_tokens: 6, logits_rows: 8 },
+    SchedulerLimits { page_tokens: 3, pages: 16, running: 2, step_tokens: 100, logits_rows: 3 },
+    SchedulerLimits { page_tokens: 4, pages: 30, running: 12, step_tokens: 24, logits_rows: 12 },
 ];
 
 /// Five million steps over all shapes.
@@ -355,6 +410,7 @@ fn random_traffic(shapes: &[usize]) {
             tally.counts.evictions,
             tally.largest_share as u64,
             tally.cached_tokens,
+            tally.scored,
         ];
         assert!(met.iter().all(|&count| count > 0), "{:?}: {tally:?}", SHAPES[shape]);
         assert!(tally.counts.high_water <= SHAPES[shape].pages && tally.finished > STEPS / 200, "{tally:?}");
@@ -384,10 +440,15 @@ fn planted_faults_are_found() {
         assert!(freed.contains("given back") || freed.contains("holders"), "{freed}");
         let starved = drive(&mut Starving(scheduler()), 1, 100_000).unwrap_err();
         assert!(starved.contains("starves") || starved.contains("nothing is planned"), "{starved}");
+        // Where every row of a step can have logits there is nothing to exceed.
+        if limits.logits_rows < limits.step_tokens {
+            let exceeded = drive(&mut Prodigal(scheduler()), 1, 10_000).unwrap_err();
+            assert!(exceeded.contains("in a step with room for"), "{exceeded}");
+        }
         // A budget that all prompts together never reach cannot be overrun.
         if shape != 6 {
             let overrun = drive(&mut Overrun(scheduler()), 1, 10_000).unwrap_err();
-            assert!(overrun.contains("tokens in a step"), "{overrun}");
+            assert!(overrun.contains("tokens in a step") || overrun.contains("with room for"), "{overrun}");
         }
     }
 }

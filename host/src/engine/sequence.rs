@@ -1,5 +1,7 @@
 //! A request on its way through the scheduler: its tokens, and the pages that hold what was computed of them.
 
+use std::ops::Range;
+
 use super::pages::{PageId, PageKey, PagePool};
 
 /// Ids rise in the order of submission: a smaller id is an older request.
@@ -13,6 +15,11 @@ pub(super) struct Sequence {
     /// Prompt and generated tokens.
     pub(super) tokens: Vec<u32>,
     pub(super) prompt_tokens: usize,
+    /// The most that `tokens` can become.
+    pub(super) most_tokens: usize,
+    /// Places of the prompt whose logits were taken, or need not be: rows from here to the last but one of the prompt are
+    /// wanted. The last one's choose the first token in any case.
+    scored: usize,
     /// Tokens whose keys and values are in the pages.
     pub(super) computed: usize,
     pub(super) pages: Vec<PageId>,
@@ -25,10 +32,18 @@ pub(super) struct Sequence {
 }
 
 impl Sequence {
-    pub(super) fn new(id: SequenceId, prompt: Vec<u32>, page_tokens: usize, salt: Option<&str>) -> Self {
+    pub(super) fn new(
+        id: SequenceId,
+        prompt: Vec<u32>,
+        most_tokens: usize,
+        page_tokens: usize,
+        salt: Option<&str>,
+    ) -> Self {
         let mut sequence = Self {
             id,
             prompt_tokens: prompt.len(),
+            most_tokens,
+            scored: prompt.len().saturating_sub(1),
             tokens: prompt,
             computed: 0,
             pages: Vec::new(),
@@ -70,10 +85,37 @@ impl Sequence {
         &self.keys[..(self.tokens.len() - 1) / self.page_tokens]
     }
 
-    /// The key of the page at whose start it stands, if it could be shared.
+    /// The logits of the whole prompt are wanted. Before anything is computed.
+    pub(super) fn score_prompt(&mut self) {
+        self.scored = 0;
+    }
+
+    /// Rows of the prompt are still to be computed for their logits.
+    pub(super) fn is_scoring(&self) -> bool {
+        self.scored + 1 < self.prompt_tokens
+    }
+
+    /// Of the next `rows` rows those whose logits are wanted for the prompt: their positions.
+    pub(super) fn scores_of_next(&self, rows: usize) -> Range<usize> {
+        let first = self.scored.max(self.computed);
+        first..(self.computed + rows).min(self.prompt_tokens - 1).max(first)
+    }
+
+    /// How many of the next rows there are before the first whose logits are wanted.
+    pub(super) fn rows_before_scores(&self) -> usize {
+        self.scored.saturating_sub(self.computed)
+    }
+
+    /// The keys of the pages that it may take from others: where logits are wanted, the page has to be computed.
+    pub(super) fn adoptable(&self) -> &[PageKey] {
+        let keys = self.shareable();
+        if self.is_scoring() { &keys[..keys.len().min(self.scored / self.page_tokens)] } else { keys }
+    }
+
+    /// The key of the page at whose start it stands, if it could be taken from others.
     pub(super) fn next_key(&self) -> Option<&PageKey> {
         let at_start = self.computed.is_multiple_of(self.page_tokens);
-        self.shareable().get(self.computed / self.page_tokens).filter(|_| at_start)
+        self.adoptable().get(self.computed / self.page_tokens).filter(|_| at_start)
     }
 
     /// The shareable ones among the pages that the next `rows` tokens are in.
@@ -103,6 +145,7 @@ impl Sequence {
     /// Takes note that the next `rows` tokens are computed, and lets others have the pages that are full now.
     pub(super) fn advance(&mut self, rows: usize, pool: &mut PagePool) {
         let before = self.computed / self.page_tokens;
+        self.scored = self.scores_of_next(rows).end.max(self.scored);
         self.computed += rows;
         for index in before..self.computed / self.page_tokens {
             pool.publish(self.pages[index], self.keys[index]);

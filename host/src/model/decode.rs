@@ -7,7 +7,7 @@ use super::load::Layer;
 use super::transformer::{Model, Step, Workspace};
 use super::KvCache;
 use crate::device::{DeviceError, Recording};
-use crate::ops::{self, FEW, Norm, PAGE, PagesMut, Pairing, Places};
+use crate::ops::{self, DecodeScratch, FEW, NO_ROW, Norm, PAGE, PagesMut, Pairing, Places};
 
 /// What a step leaves behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,7 +90,7 @@ impl Model {
         let padding = bucket.rows - step.tokens.len();
         let staging = &mut workspace.staging;
         staging.clear();
-        for (part, pad) in [(step.tokens, 0), (step.positions, u32::MAX), (step.row_tables, 0)] {
+        for (part, pad) in [(step.tokens, 0), (step.positions, NO_ROW), (step.row_tables, 0)] {
             staging.extend_from_slice(part);
             staging.extend(std::iter::repeat_n(pad, padding));
         }
@@ -151,7 +151,10 @@ impl Model {
                 &places.positions,
                 &places.row_tables,
                 &places.page_tables,
-                &mut workspace.partials.as_slice_mut(),
+                &mut DecodeScratch {
+                    partials: workspace.partials.as_slice_mut(),
+                    counters: workspace.counters.as_slice_mut(),
+                },
                 &mut attended,
                 heads,
                 spans * PAGE,
@@ -218,7 +221,10 @@ impl Model {
                 &positions,
                 &row_tables,
                 &page_tables,
-                &mut workspace.partials.as_slice_mut(),
+                &mut DecodeScratch {
+                    partials: workspace.partials.as_slice_mut(),
+                    counters: workspace.counters.as_slice_mut(),
+                },
                 &mut attended,
                 heads,
                 spans * PAGE,

@@ -12,7 +12,7 @@ use super::decode::{Recordings, Wanted};
 use super::load::{self, Layer, LoadError, Parameters};
 use super::{Checkpoint, KvCache, ModelConfig};
 use crate::device::{Buffer, Device, DeviceError, MemoryKind, Slice, Weight};
-use crate::ops::{self, HeadShape, PAGE, Pairing};
+use crate::ops::{self, DecodeScratch, HeadShape, PAGE, Pairing, PrefillTiles, Segment};
 
 /// A model on a device.
 #[derive(Debug)]
@@ -40,6 +40,13 @@ pub struct Prefill {
     pub table_start: usize,
     /// Pages in that table.
     pub table_len: usize,
+}
+
+impl Prefill {
+    fn segment(&self) -> Segment {
+        let Self { first_row, rows, first_position, table_start, .. } = *self;
+        Segment { first_row, rows, first_position, table_start }
+    }
 }
 
 /// What a step computes. A row is a token; first the rows that are one new token of a sequence each, then the prefills.
@@ -78,13 +85,14 @@ pub struct StepLimits {
 #[derive(Debug)]
 pub struct Workspace {
     limits: StepLimits,
-    /// Tokens, positions, row tables, logits rows and page tables of a step: one upload.
+    /// Tokens, positions, row tables, logits rows, page tables and prefill tiles of a step: one upload.
     pub(super) indices: Buffer<u32>,
     pub(super) staging: Vec<u32>,
     pub(super) residual: Buffer<f32>,
     pub(super) normed: Buffer<bf16>,
     pub(super) qkv: Buffer<f32>,
     pub(super) partials: Buffer<f32>,
+    pub(super) counters: Buffer<u32>,
     pub(super) attended: Buffer<bf16>,
     pub(super) delta: Buffer<f32>,
     pub(super) gate_up: Buffer<bf16>,
@@ -195,7 +203,9 @@ impl Model {
         let spans = self.context_tokens.div_ceil(PAGE);
         let partials = |rows| ops::partials_len(heads, rows, spans);
         let bounded_partials = partials(limits.decode_rows).min(PARTIALS.max(partials(1)));
-        let indices = 3 * limits.rows + limits.logits_rows + limits.table_entries;
+        let tiles = PrefillTiles::max_numbers(limits.rows);
+        let indices = 3 * limits.rows + limits.logits_rows + limits.table_entries + tiles;
+        let counters = ops::counters_len(heads, limits.decode_rows.max(1));
         let activation = |len: usize, label: &str| device.alloc_unwritten::<f32>(len, MemoryKind::Activations, label);
         let operand = |len: usize, label: &str| device.alloc_unwritten::<bf16>(len, MemoryKind::Activations, label);
         Ok(Workspace {
@@ -206,6 +216,7 @@ impl Model {
             normed: operand(limits.rows * config.hidden, "normalised rows")?,
             qkv: activation(limits.rows * heads.qkv_width(), "queries, keys and values")?,
             partials: activation(bounded_partials, "attention partials")?,
+            counters: device.alloc(counters, MemoryKind::Activations, "attention counters")?,
             attended: operand(limits.rows * heads.query_width(), "attention output")?,
             delta: activation(limits.rows * config.hidden, "layer output")?,
             gate_up: operand(limits.rows * 2 * config.ffn, "gate and up")?,
@@ -265,10 +276,25 @@ impl Model {
         let (config, heads, device) = (&self.config, self.heads(), &self.device);
         let (rows, hidden) = (step.tokens.len(), config.hidden);
 
-        let Workspace { indices, staging, residual, normed, qkv, partials, attended, delta, gate_up, gated, .. } =
-            workspace;
+        let Workspace {
+            indices,
+            staging,
+            residual,
+            normed,
+            qkv,
+            partials,
+            counters,
+            attended,
+            delta,
+            gate_up,
+            gated,
+            ..
+        } = workspace;
+        let tiles = PrefillTiles::new(device, step.prefills.iter().map(Prefill::segment), heads)?;
         staging.clear();
-        for part in [step.tokens, step.positions, step.row_tables, step.page_tables, step.logits_rows] {
+        for part in
+            [step.tokens, step.positions, step.row_tables, step.page_tables, step.logits_rows, &tiles.numbers[..]]
+        {
             staging.extend_from_slice(part);
         }
         device.upload(indices.slice_mut(..staging.len())?, staging)?;
@@ -277,6 +303,8 @@ impl Model {
         let row_tables = indices.slice(2 * rows..3 * rows)?;
         let tables_end = 3 * rows + step.page_tables.len();
         let page_tables = indices.slice(3 * rows..tables_end)?;
+        let tiles_start = tables_end + step.logits_rows.len();
+        let tile_numbers = indices.slice(tiles_start..tiles_start + tiles.numbers.len())?;
 
         let mut residual = residual.slice_mut(..rows * hidden)?;
         let mut normed = normed.slice_mut(..rows * hidden)?;
@@ -319,22 +347,22 @@ impl Model {
                     &positions.slice(rows.clone())?,
                     &row_tables.slice(rows.clone())?,
                     &page_tables,
-                    &mut partials.as_slice_mut(),
+                    &mut DecodeScratch { partials: partials.as_slice_mut(), counters: counters.as_slice_mut() },
                     &mut attended.slice_mut(rows.start * heads.query_width()..rows.end * heads.query_width())?,
                     heads,
                     *longest,
                 )?;
             }
-            for prefill in step.prefills {
-                let range = prefill.first_row..prefill.first_row + prefill.rows;
+            if !step.prefills.is_empty() {
                 ops::attention_prefill(
                     device,
-                    &qkv.as_slice().slice(range.start * heads.qkv_width()..range.end * heads.qkv_width())?,
+                    &qkv.as_slice(),
                     pages,
-                    &page_tables.slice(prefill.table_start..prefill.table_start + prefill.table_len)?,
-                    &mut attended.slice_mut(range.start * heads.query_width()..range.end * heads.query_width())?,
+                    &page_tables,
+                    &tiles,
+                    &tile_numbers,
+                    &mut attended,
                     heads,
-                    prefill.first_position,
                 )?;
             }
             ops::linear(device, &attended.as_slice(), output, &mut delta)?;
@@ -456,11 +484,12 @@ impl Workspace {
             logits,
             best,
             chosen,
-            // Uploaded for each step, or no values.
+            // Uploaded for each step, or left as they were found, or no values.
             limits: _,
             indices: _,
             staging: _,
             recordings: _,
+            counters: _,
         } = self;
         for buffer in [residual, qkv, partials, delta, head_rows, logits] {
             let poison = vec![f32::NAN; buffer.len()];

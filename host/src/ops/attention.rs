@@ -4,6 +4,7 @@ use cuda_std::launch::Grid;
 use half::bf16;
 use kernels_gpu::attention::SPAN;
 use kernels_gpu::attention_decode as decode;
+pub use kernels_gpu::attention_decode::NO_ROW;
 use kernels_gpu::attention_prefill as prefill;
 
 use super::{PAGE, Pairing, blocks, expect, size};
@@ -151,10 +152,26 @@ pub fn partials_len(heads: HeadShape, rows: usize, spans: usize) -> usize {
     rows * heads.query_heads * spans * (heads.width + 2)
 }
 
+/// Counters that [`attention_decode`] needs for `rows` rows. They are 0 before the first call, and after every call again.
+#[must_use]
+pub fn counters_len(heads: HeadShape, rows: usize) -> usize {
+    rows * heads.kv_heads
+}
+
+/// The scratch memory of [`attention_decode`].
+#[derive(Debug)]
+pub struct DecodeScratch<'a> {
+    /// At least [`partials_len`] elements; their contents are of no concern.
+    pub partials: SliceMut<'a, f32>,
+    /// At least [`counters_len`] elements, all 0.
+    pub counters: SliceMut<'a, u32>,
+}
+
 /// Attention of one token per row over its sequence's pages, up to and including its own position.
 ///
-/// `qkv` \[T, (H + 2 G) D\] holds the queries; `out` is \[T, H, D\]; `longest` is the largest context (position + 1) of
-/// the rows; `partials` has at least [`partials_len`] elements for it.
+/// `qkv` \[T, (H + 2 G) D\] holds the queries; `out` is \[T, H, D\]. `longest` is the largest context (position + 1) of the
+/// rows, or more: what is more costs blocks that end at once, and no bit. A row at position [`NO_ROW`] is padding: nothing
+/// of it is read or written.
 ///
 /// # Errors
 /// A shape that does not fit, or the launch's error.
@@ -166,7 +183,7 @@ pub fn attention_decode(
     positions: &Slice<'_, u32>,
     row_tables: &Slice<'_, u32>,
     page_tables: &Slice<'_, u32>,
-    partials: &mut SliceMut<'_, f32>,
+    scratch: &mut DecodeScratch<'_>,
     out: &mut SliceMut<'_, bf16>,
     heads: HeadShape,
     longest: usize,
@@ -178,8 +195,14 @@ pub fn attention_decode(
     expect(shaped && out.len() == rows * heads.query_width(), NAME, || {
         format!("qkv [{rows}, {stride}] of {}, out of {}, longest context {longest}", qkv.len(), out.len())
     })?;
-    let needed = partials_len(heads, rows, spans);
-    expect(partials.len() >= needed, NAME, || format!("{needed} partials, not {}", partials.len()))?;
+    let (partials, counters) = (partials_len(heads, rows, spans), counters_len(heads, rows));
+    expect(scratch.partials.len() >= partials && scratch.counters.len() >= counters, NAME, || {
+        format!(
+            "{partials} partials and {counters} counters, not {} and {}",
+            scratch.partials.len(),
+            scratch.counters.len()
+        )
+    })?;
     let grid =
         Grid { blocks: [size(NAME, spans)?, size(NAME, heads.kv_heads)?, size(NAME, rows)?], dynamic_shared_bytes: 0 };
     let kernel = match heads.width {
@@ -196,71 +219,142 @@ pub fn attention_decode(
             positions,
             row_tables,
             page_tables,
-            partials,
+            &mut scratch.partials,
+            &mut scratch.counters,
+            out,
             size(NAME, stride)?,
             size(NAME, heads.kv_heads)?,
             size(NAME, heads.query_heads / heads.kv_heads)?,
-            size(NAME, spans)?,
             heads.scale(),
         ),
         grid,
-    )?;
-    device.launch(
-        decode::attention_merge::launch(
-            &partials.as_slice(),
-            positions,
-            out,
-            size(NAME, heads.width)?,
-            size(NAME, spans)?,
-        ),
-        Grid::new_2d(size(NAME, heads.query_heads)?, size(NAME, rows)?),
     )
 }
 
-/// Causal attention of consecutive tokens of one sequence, at positions `first_position` on, over the sequence's
-/// pages, their own keys and values included. `qkv` is \[T, (H + 2 G) D\], `out` \[T, H, D\], `page_table` the sequence's.
+/// Some rows of a step that are consecutive tokens of one sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Their first row in the step.
+    pub first_row: usize,
+    /// How many.
+    pub rows: usize,
+    /// The first one's position in its sequence.
+    pub first_position: usize,
+    /// Where their sequence's page table starts in the step's.
+    pub table_start: usize,
+}
+
+/// The tiles of rows that [`attention_prefill`] computes: built once a step, uploaded, used by every layer.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PrefillTiles {
+    /// The numbers to upload: [`TILE_FIELDS`](prefill::TILE_FIELDS) a tile.
+    pub numbers: Vec<u32>,
+    short: bool,
+}
+
+impl PrefillTiles {
+    fn tile_rows(&self) -> usize {
+        if self.short { prefill::SHORT_BLOCK_ROWS } else { prefill::BLOCK_ROWS }
+    }
+
+    /// Numbers of tiles for at most `rows` rows.
+    #[must_use]
+    pub fn max_numbers(rows: usize) -> usize {
+        rows * prefill::TILE_FIELDS
+    }
+
+    /// Cuts segments into tiles, the longest contexts first: they take the most time. How large the tiles are depends on
+    /// how many there would be, and changes no bit.
+    ///
+    /// # Errors
+    /// A number beyond u32.
+    pub fn new(
+        device: &Device,
+        segments: impl Iterator<Item = Segment> + Clone,
+        heads: HeadShape,
+    ) -> Result<Self, DeviceError> {
+        let rows: usize = segments.clone().map(|segment| segment.rows).sum();
+        // Two blocks of large tiles fit a multiprocessor at once.
+        let short = rows.div_ceil(prefill::BLOCK_ROWS) * heads.query_heads < 2 * device.multiprocessors();
+        Self::sized(segments, short)
+    }
+
+    /// [`new`](Self::new) with tiles of 64 rows (`short`) or of 128.
+    ///
+    /// # Errors
+    /// A number beyond u32.
+    pub fn sized(segments: impl Iterator<Item = Segment>, short: bool) -> Result<Self, DeviceError> {
+        let tile_rows = Self { numbers: Vec::new(), short }.tile_rows();
+        let mut tiles = Vec::new();
+        for Segment { first_row, rows, first_position, table_start } in segments {
+            let mut done = 0;
+            while done < rows {
+                // Up to a multiple of the tile: no tile sees a further span for its last few rows.
+                let count = (tile_rows - (first_position + done) % tile_rows).min(rows - done);
+                tiles.push([first_row + done, count, first_position + done, table_start]);
+                done += count;
+            }
+        }
+        tiles.sort_by_key(|&[_, count, first_position, _]| std::cmp::Reverse((first_position + count).div_ceil(SPAN)));
+        let numbers: Result<_, _> =
+            tiles.into_iter().flatten().map(|number| size("attention_prefill", number)).collect();
+        Ok(Self { numbers: numbers?, short })
+    }
+}
+
+/// Causal attention of consecutive tokens of any number of sequences over their pages, their own keys and values included.
+/// `qkv` is \[T, (H + 2 G) D\], `out` \[T, H, D\]; `tiles` says which rows are meant, and `numbers` are its own on the
+/// device. Rows in no tile stay as they are.
 ///
 /// # Errors
-/// A shape that does not fit, or the launch's error.
+/// A shape that does not fit, or the launch's error. A row or page that is not there stops the device.
+#[expect(clippy::too_many_arguments, reason = "the kernel's own arguments")]
 pub fn attention_prefill(
     device: &Device,
     qkv: &Slice<'_, f32>,
     pages: Pages<'_>,
-    page_table: &Slice<'_, u32>,
+    page_tables: &Slice<'_, u32>,
+    tiles: &PrefillTiles,
+    numbers: &Slice<'_, u32>,
     out: &mut SliceMut<'_, bf16>,
     heads: HeadShape,
-    first_position: usize,
 ) -> Result<(), DeviceError> {
     const NAME: &str = "attention_prefill";
     heads.check(NAME)?;
     let stride = heads.qkv_width();
     let rows = qkv.len() / stride;
     let shaped = rows > 0 && qkv.len() == rows * stride && out.len() == rows * heads.query_width();
-    expect(shaped && page_table.len() * PAGE >= first_position + rows, NAME, || {
+    let tiled = !tiles.numbers.is_empty() && numbers.len() == tiles.numbers.len();
+    expect(shaped && tiled, NAME, || {
         format!(
-            "qkv [T, {stride}] of {}, out of {}, {} pages for {} tokens",
+            "qkv [T, {stride}] of {}, out of {}, {} numbers of tiles of {}",
             qkv.len(),
             out.len(),
-            page_table.len(),
-            first_position + rows
+            numbers.len(),
+            tiles.numbers.len()
         )
     })?;
-    let grid = Grid::new_2d(blocks(NAME, rows, prefill::BLOCK_ROWS)?, size(NAME, heads.query_heads)?);
-    let kernel = match heads.width {
-        32 => prefill::attention_prefill_32::launch,
-        64 => prefill::attention_prefill_64::launch,
-        96 => prefill::attention_prefill_96::launch,
-        _ => prefill::attention_prefill_128::launch,
+    let blocks = [size(NAME, heads.query_heads)?, size(NAME, numbers.len() / prefill::TILE_FIELDS)?, 1];
+    let shared_bytes = prefill::shared_bytes(tiles.tile_rows(), heads.width);
+    let grid = Grid { blocks, dynamic_shared_bytes: size(NAME, shared_bytes)? };
+    let kernel = match (heads.width, tiles.short) {
+        (32, false) => prefill::attention_prefill_32::launch,
+        (64, false) => prefill::attention_prefill_64::launch,
+        (96, false) => prefill::attention_prefill_96::launch,
+        (_, false) => prefill::attention_prefill_128::launch,
+        (32, true) => prefill::attention_prefill_short_32::launch,
+        (64, true) => prefill::attention_prefill_short_64::launch,
+        (96, true) => prefill::attention_prefill_short_96::launch,
+        (_, true) => prefill::attention_prefill_short_128::launch,
     };
     device.launch(
         kernel(
             qkv,
             &pages.keys,
             &pages.values,
-            page_table,
+            page_tables,
+            numbers,
             out,
-            size(NAME, first_position)?,
-            size(NAME, rows)?,
             size(NAME, stride)?,
             size(NAME, heads.kv_heads)?,
             size(NAME, heads.query_heads / heads.kv_heads)?,

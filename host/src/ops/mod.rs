@@ -12,7 +12,10 @@ mod linear;
 mod rows;
 mod sampling;
 
-pub use attention::{HeadShape, Pages, PagesMut, attention_decode, attention_prefill, kv_write, partials_len, rotary};
+pub use attention::{
+    DecodeScratch, HeadShape, NO_ROW, Pages, PagesMut, PrefillTiles, Segment, attention_decode, attention_prefill, counters_len,
+    kv_write, partials_len, rotary,
+};
 pub use differing::{Comparable, differing};
 pub use elementwise::{bias_add, residual_add, silu_mul};
 pub use few::{FEW, Norm, Places, best_len, few_fits, few_gate_up, few_logits, few_qkv, few_residual, few_residual_in};

@@ -13,6 +13,7 @@ use super::error::ApiError;
 use super::generation::{Answer, End, Piece, collect};
 use super::http::{Body, InFlight, Server, json_response};
 use super::parameters::{Head, Parameters, Usage, finite, token_text};
+use super::receipt::{Receipt, Tally};
 use super::sse::{Frames, Protocol};
 use super::validate::{Fields, kind_of};
 
@@ -26,6 +27,12 @@ pub(super) async fn handle(
     let fields = Fields(body);
     let app = &server.app;
     let parameters = Parameters::parse(fields, &app.model)?;
+    if parameters.echo {
+        return Err(ApiError::invalid("echo", "echo is for /v1/completions; a chat's prompt is not repeated"));
+    }
+    if fields.get("prompt_logprobs").is_some() {
+        return Err(ApiError::invalid("prompt_logprobs", "prompt_logprobs is for /v1/completions"));
+    }
     let logprobs = logprobs(fields)?;
     let messages = messages(fields)?;
     let Some(template) = &app.template else {
@@ -40,27 +47,34 @@ pub(super) async fn handle(
     // The template has written the special tokens.
     let prompt = server.encode(prompt, false).await?;
     let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
-    let request = parameters.request(prompt, logprobs, app)?;
-    let generations = server.submit(vec![request], &parameters.stop, logprobs.is_some(), &Arc::default())?;
+    let requests = parameters.requests(prompt, logprobs, None, app)?;
+    let choices = requests.len();
+    let generations = server.submit(requests, &parameters.stop, &Arc::default())?;
+    let mut tally = Tally::new(parameters.seed.clone(), prompt_tokens, choices, choices);
 
+    let mut transcript = server.transcript("/v1/chat/completions", body, || vec![String::new(); choices], &tally);
     let tokenizer = logprobs.map(|_| Arc::clone(&app.tokenizer));
     if parameters.stream {
         let protocol = ChatStream {
             head: Head::new("chatcmpl", "chat.completion.chunk", parameters.seed.clone(), &app.model),
             tokenizer,
-            begun: false,
-            prompt_tokens,
-            generated: 0,
-            cached: 0,
+            begun: vec![false; choices],
+            tally,
             include_usage: parameters.include_usage,
             continuous_usage: parameters.continuous_usage,
         };
-        return Ok(server.stream(generations, Box::new(protocol), in_flight));
+        return Ok(server.stream(generations, Box::new(protocol), transcript, in_flight));
     }
-    let answers = collect(generations).await?;
-    let answer = answers.into_iter().next().unwrap_or_default();
+    let answers = collect(generations, |choice, piece| {
+        tally.note(choice, piece);
+        transcript.iter_mut().for_each(|transcript| transcript.note(choice, piece));
+    })
+    .await?;
+    if let Some(transcript) = transcript {
+        transcript.finish();
+    }
     let head = Head::new("chatcmpl", "chat.completion", parameters.seed.clone(), &app.model);
-    Ok(json_response(&whole(head, &answer, prompt_tokens, tokenizer.as_deref())))
+    Ok(json_response(&whole(head, &answers, &tally, tokenizer.as_deref())))
 }
 
 /// None: not asked for. Some(n): with the n most likely ones.
@@ -134,13 +148,14 @@ pub(super) fn finish_reason(end: Option<&End>) -> &'static str {
     }
 }
 
-fn whole(head: Head, answer: &Answer, prompt_tokens: u32, tokenizer: Option<&Tokenizer>) -> impl Serialize {
+fn whole(head: Head, answers: &[Answer], tally: &Tally, tokenizer: Option<&Tokenizer>) -> impl Serialize {
     #[derive(Serialize)]
     struct Completion {
         #[serde(flatten)]
         head: Head,
-        choices: [Choice; 1],
+        choices: Vec<Choice>,
         usage: Usage,
+        lockstep: Option<Receipt>,
     }
     // Log-probabilities do not go through `Value`: it widens them to f64, and they would read differently than in a stream.
     #[derive(Serialize)]
@@ -150,13 +165,14 @@ fn whole(head: Head, answer: &Answer, prompt_tokens: u32, tokenizer: Option<&Tok
         logprobs: Option<Logprobs>,
         finish_reason: &'static str,
     }
-    let choice = Choice {
-        index: 0,
+    let choice = |(index, answer): (u32, &Answer)| Choice {
+        index,
         message: json!({"role": "assistant", "content": answer.text, "refusal": null}),
         logprobs: tokenizer.map(|t| Logprobs::new(&answer.tokens, t)),
         finish_reason: finish_reason(answer.end.as_ref()),
     };
-    Completion { head, choices: [choice], usage: Usage::new(prompt_tokens, answer.generated, answer.cached) }
+    let choices = (0..).zip(answers).map(choice).collect();
+    Completion { head, choices, usage: tally.usage(), lockstep: tally.receipt() }
 }
 
 #[derive(Serialize)]
@@ -204,6 +220,9 @@ struct Chunk<'a> {
     /// `Some(None)` is `null`, as OpenAI has it on every chunk before the last.
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Option<Usage>>,
+    /// On the last chunk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lockstep: Option<Receipt>,
 }
 
 #[derive(Serialize)]
@@ -222,28 +241,24 @@ struct Delta {
     content: Option<String>,
 }
 
-/// Chunks: the role, text by text, the reason for the end, the usage if asked for, `[DONE]`.
+/// Chunks: of each choice the role, text by text, the reason for the end; the usage if asked for; `[DONE]`.
 struct ChatStream {
     head: Head,
     /// With log-probabilities only.
     tokenizer: Option<Arc<Tokenizer>>,
-    begun: bool,
-    prompt_tokens: u32,
-    generated: u32,
-    cached: u32,
+    begun: Vec<bool>,
+    tally: Tally,
     include_usage: bool,
     continuous_usage: bool,
 }
 
 impl ChatStream {
-    fn chunk(&self, delta: Delta, logprobs: Option<Logprobs>, reason: Option<&'static str>, frames: &mut Frames) {
-        let choices = [ChunkChoice { index: 0, delta, logprobs, finish_reason: reason }];
-        let usage = if self.continuous_usage {
-            Some(Some(Usage::new(self.prompt_tokens, self.generated, self.cached)))
-        } else {
-            self.include_usage.then_some(None)
-        };
-        frames.data(&Chunk { head: &self.head, choices: &choices, usage });
+    fn chunk(&self, choice: ChunkChoice, frames: &mut Frames) {
+        let usage =
+            if self.continuous_usage { Some(Some(self.tally.usage())) } else { self.include_usage.then_some(None) };
+        let last = choice.finish_reason.is_some() && !self.include_usage;
+        let lockstep = if last { self.tally.receipt() } else { None };
+        frames.data(&Chunk { head: &self.head, choices: &[choice], usage, lockstep });
     }
 }
 
@@ -251,28 +266,29 @@ impl Protocol for ChatStream {
     /// The role waits for the first text, so that clients which time the first chunk time a token.
     fn open(&mut self, _: &mut Frames) {}
 
-    fn piece(&mut self, _: usize, piece: Piece, frames: &mut Frames) {
-        if !self.begun {
-            self.begun = true;
-            let role = Delta { role: Some("assistant"), content: Some(String::new()) };
-            self.chunk(role, None, None, frames);
+    fn piece(&mut self, choice: usize, piece: Piece, frames: &mut Frames) {
+        let index = u32::try_from(choice).unwrap_or(u32::MAX);
+        self.tally.note(choice, &piece);
+        if !std::mem::replace(&mut self.begun[choice], true) {
+            let delta = Delta { role: Some("assistant"), content: Some(String::new()) };
+            self.chunk(ChunkChoice { index, delta, logprobs: None, finish_reason: None }, frames);
         }
-        self.generated = piece.generated;
-        self.cached = piece.cached;
         let logprobs =
             self.tokenizer.as_ref().filter(|_| !piece.tokens.is_empty()).map(|t| Logprobs::new(&piece.tokens, t));
         if !piece.text.is_empty() || logprobs.is_some() {
-            self.chunk(Delta { role: None, content: Some(piece.text) }, logprobs, None, frames);
+            let delta = Delta { role: None, content: Some(piece.text) };
+            self.chunk(ChunkChoice { index, delta, logprobs, finish_reason: None }, frames);
         }
         if let Some(end) = &piece.end {
-            self.chunk(Delta::default(), None, Some(finish_reason(Some(end))), frames);
+            let finish_reason = Some(finish_reason(Some(end)));
+            self.chunk(ChunkChoice { index, delta: Delta::default(), logprobs: None, finish_reason }, frames);
         }
     }
 
     fn close(&mut self, frames: &mut Frames) {
         if self.include_usage {
-            let usage = Some(Some(Usage::new(self.prompt_tokens, self.generated, self.cached)));
-            frames.data(&Chunk { head: &self.head, choices: &[], usage });
+            let (usage, lockstep) = (Some(Some(self.tally.usage())), self.tally.receipt());
+            frames.data(&Chunk { head: &self.head, choices: &[], usage, lockstep });
         }
         frames.done();
     }

@@ -124,7 +124,11 @@ impl ApiError {
     }
 
     pub(super) fn queue_full(limit: usize) -> Self {
-        let message = format!("the queue is full ({limit} requests waiting); try again later");
+        Self::try_later(format!("the queue is full ({limit} requests waiting); try again later"))
+    }
+
+    /// Too much waits already.
+    fn try_later(message: String) -> Self {
         let mut this = Self::new(StatusCode::TOO_MANY_REQUESTS, "QUEUE_FULL", message).with_code("queue_full");
         this.retry = true;
         this
@@ -201,6 +205,7 @@ impl From<SubmitError> for ApiError {
     fn from(error: SubmitError) -> Self {
         match &error {
             SubmitError::QueueFull { limit } => Self::queue_full(*limit),
+            SubmitError::QueueTokens { .. } => Self::try_later(error.to_string()),
             SubmitError::Stopped { reason } => Self::unhealthy(reason),
             SubmitError::EmptyPrompt => Self::invalid("prompt", error.to_string()),
             SubmitError::NoTokens => Self::invalid("max_tokens", error.to_string()),

@@ -16,6 +16,8 @@ use super::error::{ApiError, Violation, is_retriable};
 use super::generation::{End, Piece};
 use super::http::{Body, InFlight, Server};
 use super::parameters::{draw_seed, fit};
+use super::receipt::{Receipt, Tally};
+use super::record::Transcript;
 use super::sse::{Frames, Protocol};
 use super::validate::kind_of;
 
@@ -46,8 +48,11 @@ pub(super) async fn handle(
     })?;
     let seed = job.sampling.seed;
     let stop_tokens = app.model.eos_ids.clone();
-    let request = Request { prompt, max_tokens, sampling: job.sampling, stop_tokens, logprobs: None, cache_salt: None };
-    let generations = server.submit(vec![request], &job.stop, false, &registered.cancellation)?;
+    let request = Request { prompt, max_tokens, sampling: job.sampling, stop_tokens, ..Request::default() };
+    let tally = Tally::new(seed.into(), u32::try_from(request.prompt.len()).unwrap_or(u32::MAX), 1, 1);
+    let generations = server.submit(vec![request], &job.stop, &registered.cancellation)?;
+    let transcript =
+        server.transcript("/execute", body, || vec![String::new()], &tally).map(Transcript::whole_characters);
     let protocol = JobStream {
         job_id: job.job_id,
         registered: Some(registered),
@@ -55,11 +60,13 @@ pub(super) async fn handle(
         seed,
         stop: job.stop,
         started: Instant::now(),
+        system_fingerprint: app.model.fingerprint.clone(),
         next: 0,
         tokens_out: 0,
+        tally,
         end: None,
     };
-    Ok(server.stream(generations, Box::new(protocol), in_flight))
+    Ok(server.stream(generations, Box::new(protocol), transcript, in_flight))
 }
 
 /// The job that a body names.
@@ -256,6 +263,8 @@ enum JobEvent<'a> {
         stop_reason: StopReason,
         #[serde(skip_serializing_if = "Option::is_none")]
         stop_sequence_matched: Option<&'a str>,
+        system_fingerprint: &'a str,
+        lockstep: Option<Receipt>,
     },
     Error {
         code: &'a str,
@@ -273,9 +282,11 @@ struct JobStream {
     seed: u64,
     stop: Vec<String>,
     started: Instant,
+    system_fingerprint: String,
     /// Number of the next `token` event.
     next: u32,
     tokens_out: u32,
+    tally: Tally,
     end: Option<End>,
 }
 
@@ -294,6 +305,7 @@ impl Protocol for JobStream {
             self.next += 1;
         }
         self.tokens_out = piece.generated;
+        self.tally.note(0, &piece);
         self.end = piece.end;
     }
 
@@ -305,8 +317,15 @@ impl Protocol for JobStream {
             _ => (StopReason::Eos, None),
         };
         let decode_time_ms = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let tokens_out = self.tokens_out;
-        frames.event("end", &JobEvent::End { tokens_out, decode_time_ms, stop_reason, stop_sequence_matched });
+        let event = JobEvent::End {
+            tokens_out: self.tokens_out,
+            decode_time_ms,
+            stop_reason,
+            stop_sequence_matched,
+            system_fingerprint: &self.system_fingerprint,
+            lockstep: self.tally.receipt(),
+        };
+        frames.event("end", &event);
     }
 
     fn fail(&mut self, error: &EngineError, frames: &mut Frames) {

@@ -6,10 +6,11 @@ use std::task::{Context, Poll, ready};
 
 use tokio::sync::mpsc;
 
-use crate::engine::{EngineError, Event, EventSink, FinishReason, Refused, TokenEvent};
-use crate::text::{Detokenizer, StopStrings, Tokenizer};
+use crate::engine::{EngineError, Event, EventSink, FinishReason, Refused, Request, TokenEvent};
+use crate::text::{Detokenizer, Scan, StopStrings, Tokenizer};
 
 use super::cancel::Cancellation;
+use super::receipt::{ChoiceDigest, Digesting};
 
 /// Events that may wait for a reader. At 300 tokens a second, most of a second; then the request is ended rather
 /// than its tokens kept without bound.
@@ -54,10 +55,12 @@ pub(super) enum End {
     Failed(EngineError),
 }
 
-/// New text, with the tokens since the last piece. A piece has text, or an end, or both.
+/// New text, with the tokens since the last piece. A piece has text, or an end, or both, or the prompt's tokens alone.
 #[derive(Debug)]
 pub(super) struct Piece {
     pub(super) text: String,
+    /// On request: the prompt's tokens with their log-probabilities.
+    pub(super) prompt: Vec<TokenEvent>,
     /// Kept on request only.
     pub(super) tokens: Vec<TokenEvent>,
     /// Tokens generated so far.
@@ -65,6 +68,8 @@ pub(super) struct Piece {
     /// Tokens of the prompt that were computed already. Known with the engine's own end only: an answer cut at a stop
     /// string does not wait for it.
     pub(super) cached: u32,
+    /// With the end, unless it is a failure.
+    pub(super) digest: Option<ChoiceDigest>,
     pub(super) end: Option<End>,
 }
 
@@ -75,6 +80,9 @@ pub(super) struct Generation {
     cancellation: Arc<Cancellation>,
     detokenizer: Detokenizer,
     stop_strings: StopStrings,
+    min_tokens: u32,
+    seed: u64,
+    digesting: Digesting,
     keep_tokens: bool,
     tokens: Vec<TokenEvent>,
     generated: u32,
@@ -83,11 +91,12 @@ pub(super) struct Generation {
 }
 
 impl Generation {
-    /// `keep_tokens` hands tokens on beside their text.
+    /// Reads what `request` is answered, up to one of the strings of `stop`. Where log-probabilities are asked for, the
+    /// tokens are handed on beside their text.
     pub(super) fn new(
         tokenizer: Arc<Tokenizer>,
+        request: &Request,
         stop: &[String],
-        keep_tokens: bool,
         cancellation: Arc<Cancellation>,
     ) -> (Self, Box<dyn EventSink>) {
         let (sender, events) = mpsc::channel(EVENTS_WAITING + 1);
@@ -98,7 +107,10 @@ impl Generation {
             cancellation: Arc::clone(&cancellation),
             detokenizer: Detokenizer::new(tokenizer, true),
             stop_strings: StopStrings::new(stop),
-            keep_tokens,
+            min_tokens: request.min_tokens,
+            seed: request.sampling.seed,
+            digesting: Digesting::new(request),
+            keep_tokens: request.logprobs.is_some(),
             tokens: Vec::new(),
             generated: 0,
             cached: 0,
@@ -121,10 +133,11 @@ impl Generation {
                 Some(Event::Token(token)) => {
                     let text = self.detokenizer.push(token.id);
                     self.generated += 1;
+                    self.digesting.token(&token);
                     if self.keep_tokens {
                         self.tokens.push(token);
                     }
-                    let scan = self.stop_strings.push(&text);
+                    let scan = self.scan(&text);
                     if let Some(index) = scan.matched {
                         return Poll::Ready(self.end(scan.text, End::StopString(index)));
                     }
@@ -132,6 +145,10 @@ impl Generation {
                         continue;
                     }
                     return Poll::Ready(self.piece(scan.text, None));
+                }
+                Some(Event::Prompt(prompt)) => {
+                    self.digesting.prompt(&prompt);
+                    return Poll::Ready(Piece { prompt, ..self.piece(String::new(), None) });
                 }
                 Some(Event::End(finish)) => {
                     self.cached = finish.cached_tokens;
@@ -146,7 +163,7 @@ impl Generation {
                 None => End::Failed(EngineError::Stopped),
             };
             let tail = self.detokenizer.flush();
-            let mut scan = self.stop_strings.push(&tail);
+            let mut scan = self.scan(&tail);
             let end = match scan.matched {
                 Some(index) => End::StopString(index),
                 None => {
@@ -158,8 +175,25 @@ impl Generation {
         }
     }
 
+    /// Looks for stop strings behind the first `min_tokens` tokens.
+    fn scan(&mut self, text: &str) -> Scan {
+        if self.generated <= self.min_tokens && self.min_tokens > 0 {
+            return Scan { text: self.stop_strings.pass(text), matched: None };
+        }
+        self.stop_strings.push(text)
+    }
+
     fn piece(&mut self, text: String, end: Option<End>) -> Piece {
-        Piece { text, tokens: std::mem::take(&mut self.tokens), generated: self.generated, cached: self.cached, end }
+        let succeeded = end.as_ref().is_some_and(|end| !matches!(end, End::Failed(_)));
+        Piece {
+            text,
+            prompt: Vec::new(),
+            tokens: std::mem::take(&mut self.tokens),
+            generated: self.generated,
+            cached: self.cached,
+            digest: succeeded.then(|| ChoiceDigest { seed: self.seed, digest: self.digesting.finish() }),
+            end,
+        }
     }
 
     fn end(&mut self, text: String, end: End) -> Piece {
@@ -173,27 +207,32 @@ impl Generation {
 #[derive(Debug, Default)]
 pub(super) struct Answer {
     pub(super) text: String,
+    /// On request.
+    pub(super) prompt: Vec<TokenEvent>,
     pub(super) tokens: Vec<TokenEvent>,
-    pub(super) generated: u32,
-    pub(super) cached: u32,
     pub(super) end: Option<End>,
 }
 
 /// Waits for all answers at once, so that none of their channels fills up behind another.
-pub(super) async fn collect(mut generations: Vec<Generation>) -> Result<Vec<Answer>, EngineError> {
+///
+/// `note` is told each piece and its choice.
+pub(super) async fn collect(
+    mut generations: Vec<Generation>,
+    mut note: impl FnMut(usize, &Piece),
+) -> Result<Vec<Answer>, EngineError> {
     let mut answers: Vec<Answer> = generations.iter().map(|_| Answer::default()).collect();
     std::future::poll_fn(|cx| {
         let mut open = false;
-        for (generation, answer) in generations.iter_mut().zip(&mut answers) {
+        for (choice, (generation, answer)) in generations.iter_mut().zip(&mut answers).enumerate() {
             while !generation.is_ended() {
                 let Poll::Ready(piece) = generation.poll_piece(cx) else {
                     open = true;
                     break;
                 };
+                note(choice, &piece);
                 answer.text.push_str(&piece.text);
+                answer.prompt.extend(piece.prompt);
                 answer.tokens.extend(piece.tokens);
-                answer.generated = piece.generated;
-                answer.cached = piece.cached;
                 if let Some(End::Failed(error)) = piece.end {
                     return Poll::Ready(Err(error));
                 }
@@ -231,14 +270,18 @@ mod tests {
     const END: Event =
         Event::End(Finish { reason: FinishReason::Length, prompt_tokens: 1, generated_tokens: 256, cached_tokens: 0 });
 
+    fn generation(stop: &[String], request: &Request) -> (Generation, Box<dyn EventSink>) {
+        Generation::new(tokenizer(), request, stop, Arc::default())
+    }
+
     fn collected(generation: Generation) -> Result<Answer, EngineError> {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        runtime.block_on(collect(vec![generation])).map(|mut answers| answers.remove(0))
+        runtime.block_on(collect(vec![generation], |_, _| {})).map(|mut answers| answers.remove(0))
     }
 
     #[test]
     fn a_full_channel_still_takes_the_end() {
-        let (generation, mut sink) = Generation::new(tokenizer(), &[], false, Arc::default());
+        let (generation, mut sink) = generation(&[], &Request::default());
         for _ in 0..EVENTS_WAITING {
             assert_eq!(sink.offer(token(0)), Ok(()));
         }
@@ -252,7 +295,7 @@ mod tests {
 
     #[test]
     fn a_reader_that_is_too_slow_hears_so() {
-        let (generation, mut sink) = Generation::new(tokenizer(), &[], false, Arc::default());
+        let (generation, mut sink) = generation(&[], &Request::default());
         for _ in 0..EVENTS_WAITING {
             assert_eq!(sink.offer(token(0)), Ok(()));
         }
@@ -264,7 +307,7 @@ mod tests {
     #[test]
     fn a_cancellation_reaches_the_engine_without_the_reader() {
         let cancellation = Arc::new(Cancellation::default());
-        let (generation, mut sink) = Generation::new(tokenizer(), &[], false, Arc::clone(&cancellation));
+        let (generation, mut sink) = Generation::new(tokenizer(), &Request::default(), &[], Arc::clone(&cancellation));
         assert_eq!((sink.offer(token(0)), sink.is_gone()), (Ok(()), false));
         cancellation.cancel();
         assert_eq!((sink.offer(token(0)), sink.is_gone()), (Err(Refused::Gone), true));
@@ -273,14 +316,35 @@ mod tests {
 
     #[test]
     fn a_stop_string_ends_the_generation_for_the_engine() {
-        let (generation, mut sink) = Generation::new(tokenizer(), &["ab".to_owned()], true, Arc::default());
+        let request = Request { logprobs: Some(0), ..Request::default() };
+        let (generation, mut sink) = generation(&["ab".to_owned()], &request);
         for id in [1, 0, 0, 1, 0] {
             sink.offer(token(id)).unwrap();
         }
         assert!(!sink.is_gone());
         let answer = collected(generation).unwrap();
         assert_eq!((answer.text.as_str(), answer.end), ("ba", Some(End::StopString(0))));
-        assert_eq!((answer.generated, answer.tokens.len()), (4, 4));
+        assert_eq!(answer.tokens.len(), 4);
         assert!(sink.is_gone());
+    }
+
+    #[test]
+    fn stop_strings_are_not_looked_for_before_the_minimum() {
+        let said = |stop: &str, min_tokens| {
+            let (generation, mut sink) = generation(&[stop.to_owned()], &Request { min_tokens, ..Request::default() });
+            for id in [0, 1, 0, 1, 0, 1] {
+                sink.offer(token(id)).unwrap();
+            }
+            let _ = sink.offer(END);
+            let answer = collected(generation).unwrap();
+            (answer.text, answer.end == Some(End::StopString(0)))
+        };
+        assert_eq!(said("ab", 0), (String::new(), true));
+        assert_eq!(said("ab", 1), (String::new(), true), "it is complete behind the minimum");
+        assert_eq!(said("ab", 2), ("ab".to_owned(), true));
+        assert_eq!(said("ab", 3), ("ab".to_owned(), true));
+        assert_eq!(said("abab", 4), ("ab".to_owned(), true), "what overlaps with one passed over counts");
+        assert_eq!(said("ab", 5), ("abab".to_owned(), true));
+        assert_eq!(said("ab", 6), ("ababab".to_owned(), false));
     }
 }

@@ -25,6 +25,7 @@ pub(super) fn health(server: &Server) -> Response<Body> {
         "uptime_seconds": server.started.elapsed().as_secs(),
         "running": status.running,
         "waiting": status.waiting,
+        "waiting_tokens": status.waiting_tokens,
         "kv_pages_total": status.pages.total,
         "kv_pages_held": status.pages.held,
         "kv_pages_cached": status.pages.idle,

@@ -20,6 +20,8 @@ use super::cancel::{Cancellation, Jobs};
 use super::correlation::RequestIds;
 use super::error::{ApiError, Shape};
 use super::generation::Generation;
+use super::receipt::Tally;
+use super::record::Transcript;
 use super::sse::{EventStream, Protocol};
 use super::{App, cancel, chat, completions, execute, health};
 
@@ -111,31 +113,51 @@ impl Server {
         encoded.map_err(|e| ApiError::invalid("prompt", e.to_string()))
     }
 
-    /// All or none: a generation that is dropped here is ended by the engine.
+    /// All or none.
     pub(super) fn submit(
         &self,
         requests: Vec<engine::Request>,
         stop: &[String],
-        keep_tokens: bool,
         cancellation: &Arc<Cancellation>,
     ) -> Result<Vec<Generation>, ApiError> {
-        let mut generations = Vec::with_capacity(requests.len());
+        let (count, most) = (requests.len(), self.app.limits.waiting);
+        if count > most {
+            let message = format!("n answers to each prompt are {count} in all; at most {most} can wait");
+            return Err(ApiError::invalid("n", message));
+        }
+        let mut generations = Vec::with_capacity(count);
+        let mut submissions = Vec::with_capacity(count);
         for request in requests {
             let (tokenizer, cancellation) = (Arc::clone(&self.app.tokenizer), Arc::clone(cancellation));
-            let (generation, sink) = Generation::new(tokenizer, stop, keep_tokens, cancellation);
-            self.app.engine.submit(request, sink)?;
+            let (generation, sink) = Generation::new(tokenizer, &request, stop, cancellation);
+            submissions.push((request, sink));
             generations.push(generation);
         }
+        self.app.engine.submit_all(submissions)?;
         Ok(generations)
+    }
+
+    /// The record of an answer, where answers are recorded; `texts` is what each choice begins with.
+    pub(super) fn transcript(
+        &self,
+        endpoint: &'static str,
+        request: &Map<String, Value>,
+        texts: impl FnOnce() -> Vec<String>,
+        tally: &Tally,
+    ) -> Option<Transcript> {
+        let recorder = self.app.recorder.clone()?;
+        let fingerprint = self.app.model.fingerprint.clone();
+        Some(Transcript::new(recorder, endpoint, request.clone(), fingerprint, texts(), tally.clone()))
     }
 
     pub(super) fn stream(
         &self,
         generations: Vec<Generation>,
         protocol: Box<dyn Protocol>,
+        transcript: Option<Transcript>,
         in_flight: InFlight,
     ) -> Response<Body> {
-        let body = EventStream::new(generations, protocol, self.app.limits.keep_alive, in_flight);
+        let body = EventStream::new(generations, protocol, transcript, self.app.limits.keep_alive, in_flight);
         let mut response = Response::new(body.boxed_unsync());
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));

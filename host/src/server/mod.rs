@@ -11,6 +11,9 @@ mod generation;
 mod health;
 mod http;
 mod parameters;
+mod receipt;
+mod record;
+pub mod replay;
 mod sse;
 mod validate;
 
@@ -25,6 +28,8 @@ use hyper_util::server::conn::auto;
 use hyper_util::server::graceful::GracefulShutdown;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
+
+pub use record::Recorder;
 
 use crate::engine::Engine;
 use crate::text::{ChatTemplate, Tokenizer};
@@ -92,6 +97,8 @@ pub struct App {
     pub model: ModelInfo,
     /// Bounds.
     pub limits: Limits,
+    /// Where complete answers are recorded, if they are.
+    pub recorder: Option<Recorder>,
 }
 
 /// Why the server cannot start.

@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::{Number, Value};
 use uuid::Uuid;
 
-use crate::engine::{Request, Sampling};
+use crate::engine::{Request, Sampling, choice_seed};
 
 use super::error::ApiError;
 use super::validate::{Fields, kind_of};
@@ -17,11 +17,18 @@ const MOST_STOP_STRINGS: usize = 16;
 const LONGEST_STOP_STRING: usize = 1024;
 const MOST_STOP_TOKENS: usize = 64;
 const MOST_BIASES: usize = 1024;
+/// As OpenAI has it.
+const MOST_CHOICES: i64 = 128;
 
 /// The parsed request, but for its prompt.
 #[derive(Clone, Debug)]
 pub(super) struct Parameters {
     pub(super) max_tokens: Option<u32>,
+    min_tokens: u32,
+    /// Answers to each prompt.
+    pub(super) n: u32,
+    /// The prompt comes before the answer.
+    pub(super) echo: bool,
     pub(super) sampling: Sampling,
     /// As the client wrote it, or drawn.
     pub(super) seed: Number,
@@ -41,17 +48,17 @@ impl Parameters {
         {
             return Err(ApiError::unknown_model(asked, &model.id));
         }
-        for name in ["n", "best_of"] {
-            if fields.integer(name, i64::MIN..=i64::MAX)?.is_some_and(|n| n != 1) {
-                return Err(ApiError::invalid(
-                    name,
-                    format!("{name} must be 1; send the request again for more answers"),
-                ));
-            }
+        let n = fields.integer("n", 1..=MOST_CHOICES)?.unwrap_or(1);
+        if fields.integer("best_of", i64::MIN..=i64::MAX)?.is_some_and(|best_of| best_of != n) {
+            let message = format!("best_of must be n, which is {n}: all answers are returned");
+            return Err(ApiError::invalid("best_of", message));
         }
         refuse_what_would_be_ignored(fields)?;
-        let tokens = |name| fields.integer(name, 1..=i64::from(u32::MAX));
+        let echo = fields.boolean("echo")?.unwrap_or(false);
+        // With the prompt in the answer there is something to say without a token.
+        let tokens = |name| fields.integer(name, i64::from(!echo)..=i64::from(u32::MAX));
         let max_tokens = tokens("max_completion_tokens")?.or(tokens("max_tokens")?);
+        let min_tokens = fields.integer("min_tokens", 0..=i64::from(u32::MAX))?;
         let (seed, seed_bits) = seed(fields)?;
         let mut sampling = Sampling { seed: seed_bits, ..Sampling::default() };
         let number = |name, low, high, default: f32| fields.number(name, low, high).map(|v| v.unwrap_or(default));
@@ -74,6 +81,9 @@ impl Parameters {
         let continuous_usage = option("continuous_usage_stats")?;
         Ok(Self {
             max_tokens: max_tokens.and_then(|n| u32::try_from(n).ok()),
+            min_tokens: min_tokens.and_then(|n| u32::try_from(n).ok()).unwrap_or(0),
+            n: u32::try_from(n).unwrap_or(1),
+            echo,
             sampling,
             seed,
             stop: stop_strings(fields)?,
@@ -86,8 +96,30 @@ impl Parameters {
         })
     }
 
-    /// The engine's request for one prompt.
-    pub(super) fn request(&self, prompt: Vec<u32>, logprobs: Option<u32>, app: &App) -> Result<Request, ApiError> {
+    /// The engine's requests for one prompt: `n` of them, which share its pages.
+    pub(super) fn requests(
+        &self,
+        prompt: Vec<u32>,
+        logprobs: Option<u32>,
+        prompt_logprobs: Option<u32>,
+        app: &App,
+    ) -> Result<Vec<Request>, ApiError> {
+        let first = self.request(prompt, logprobs, prompt_logprobs, app)?;
+        let choice = |choice| {
+            let mut request = first.clone();
+            request.sampling.seed = choice_seed(self.sampling.seed, choice);
+            request
+        };
+        Ok((0..self.n).map(choice).collect())
+    }
+
+    fn request(
+        &self,
+        prompt: Vec<u32>,
+        logprobs: Option<u32>,
+        prompt_logprobs: Option<u32>,
+        app: &App,
+    ) -> Result<Request, ApiError> {
         let max_tokens = fit(prompt.len(), self.max_tokens, app.limits.default_max_tokens, app.model.context_tokens)?;
         let mut stop_tokens = self.stop_token_ids.clone();
         if !self.ignore_eos {
@@ -96,9 +128,11 @@ impl Parameters {
         Ok(Request {
             prompt,
             max_tokens,
+            min_tokens: self.min_tokens,
             sampling: self.sampling.clone(),
             stop_tokens,
             logprobs,
+            prompt_logprobs,
             cache_salt: self.cache_salt.clone(),
         })
     }
@@ -161,9 +195,6 @@ fn refuse_what_would_be_ignored(fields: Fields<'_>) -> Result<(), ApiError> {
         && format.get("type").and_then(Value::as_str) != Some("text")
     {
         return Err(ApiError::invalid("response_format", "response_format: only {\"type\": \"text\"} is supported"));
-    }
-    if fields.boolean("echo")? == Some(true) {
-        return Err(ApiError::invalid("echo", "echo is not supported; the prompt is not repeated"));
     }
     Ok(())
 }

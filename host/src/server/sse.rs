@@ -14,6 +14,7 @@ use crate::engine::EngineError;
 
 use super::generation::{End, Generation, Piece};
 use super::http::InFlight;
+use super::record::Transcript;
 
 /// Comments keep proxies from closing a silent connection; clients skip them.
 const KEEP_ALIVE: &[u8] = b": keep-alive\n\n";
@@ -67,6 +68,7 @@ pub(super) struct EventStream {
     /// Where to look first, so that no answer starves another.
     turn: usize,
     protocol: Box<dyn Protocol>,
+    transcript: Option<Transcript>,
     frames: Frames,
     finished: bool,
     silence: Pin<Box<Sleep>>,
@@ -78,13 +80,24 @@ impl EventStream {
     pub(super) fn new(
         generations: Vec<Generation>,
         mut protocol: Box<dyn Protocol>,
+        transcript: Option<Transcript>,
         keep_alive: Duration,
         in_flight: InFlight,
     ) -> Self {
         let mut frames = Frames::default();
         protocol.open(&mut frames);
         let silence = Box::pin(tokio::time::sleep(keep_alive));
-        Self { generations, turn: 0, protocol, frames, finished: false, silence, keep_alive, _in_flight: in_flight }
+        Self {
+            generations,
+            turn: 0,
+            protocol,
+            transcript,
+            frames,
+            finished: false,
+            silence,
+            keep_alive,
+            _in_flight: in_flight,
+        }
     }
 
     /// True when something was added to the frames.
@@ -102,9 +115,15 @@ impl EventStream {
                 self.finish();
                 return true;
             }
+            if let Some(transcript) = &mut self.transcript {
+                transcript.note(choice, &piece);
+            }
             self.protocol.piece(choice, piece, &mut self.frames);
             if self.generations.iter().all(Generation::is_ended) {
                 self.protocol.close(&mut self.frames);
+                if let Some(transcript) = self.transcript.take() {
+                    transcript.finish();
+                }
                 self.finish();
             }
             return true;

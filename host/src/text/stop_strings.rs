@@ -86,10 +86,32 @@ impl StopStrings {
                 return Scan { text, matched: Some(index) };
             }
         }
-        // A partial match starts where a stop string starts, so at a character border.
+        Scan { text: self.give(), matched: None }
+    }
+
+    /// Adds text that ends nothing: a stop string that is complete in it is passed over. One that begins in it and is
+    /// complete behind it counts.
+    pub fn pass(&mut self, text: &str) -> String {
+        if self.stopped {
+            return String::new();
+        }
+        self.held.push_str(text);
+        for pattern in self.patterns.iter_mut().filter(|pattern| !pattern.bytes.is_empty()) {
+            for byte in text.bytes() {
+                if pattern.advance(byte) {
+                    pattern.matched = pattern.borders[pattern.matched - 1];
+                }
+            }
+        }
+        self.give()
+    }
+
+    /// What no stop string can begin in any more. A partial match starts where a stop string starts, so at a character
+    /// border.
+    fn give(&mut self) -> String {
         let keep = self.patterns.iter().map(|p| p.matched).max().unwrap_or(0);
         let rest = self.held.split_off(self.held.len() - keep);
-        Scan { text: std::mem::replace(&mut self.held, rest), matched: None }
+        std::mem::replace(&mut self.held, rest)
     }
 
     /// No more text comes: what was held back is no stop string.

@@ -51,14 +51,15 @@ impl From<TokenEvent> for TokenBits {
 /// An answer, complete.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Answer {
-    /// What two answers to one request have in common.
+    /// What two answers to one request have in common: generated tokens, behind those of the prompt where their
+    /// log-probabilities were asked for.
     pub tokens: Vec<TokenBits>,
     /// How it ended; how much of it the cache had differs from run to run.
     pub finish: Finish,
 }
 
 impl Answer {
-    /// The generated ids.
+    /// The ids.
     #[must_use]
     pub fn ids(&self) -> Vec<u32> {
         self.tokens.iter().map(|token| token.id).collect()
@@ -107,6 +108,7 @@ pub fn collect(events: &Receiver<Event>) -> Result<Answer, DeviceError> {
     let mut tokens = Vec::new();
     loop {
         match events.recv_timeout(PATIENCE) {
+            Ok(Event::Prompt(prompt)) => tokens.extend(prompt.into_iter().map(TokenBits::from)),
             Ok(Event::Token(token)) => tokens.push(token.into()),
             Ok(Event::End(finish)) => return Ok(Answer { tokens, finish }),
             Ok(Event::Error(error)) => return Err(failed(&error)),
@@ -282,7 +284,7 @@ fn pages_for(requests: &[Request]) -> CacheSize {
 /// A request that nothing but its length ends.
 #[must_use]
 pub fn request(prompt: Vec<u32>, max_tokens: u32, sampling: Sampling, logprobs: Option<u32>) -> Request {
-    Request { prompt, max_tokens, sampling, stop_tokens: Vec::new(), logprobs, cache_salt: None }
+    Request { prompt, max_tokens, sampling, logprobs, ..Request::default() }
 }
 
 /// Random tokens of the model.
@@ -338,7 +340,8 @@ pub fn others(model: &Model, count: usize) -> Vec<Request> {
                 ..Sampling::default()
             };
             let logprobs = [None, Some(0), Some(20)][random.below(3) as usize];
-            request(prompt, 1 + random.below(30) as u32, sampling, logprobs)
+            let prompt_logprobs = (index % 7 == 5).then_some(2);
+            Request { prompt_logprobs, ..request(prompt, 1 + random.below(30) as u32, sampling, logprobs) }
         })
         .collect()
 }

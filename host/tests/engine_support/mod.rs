@@ -1,5 +1,5 @@
 //! An engine with the demo model, and readers that behave as a test wants them to.
-#![allow(unreachable_pub, reason = "a module of a test")]
+#![allow(dead_code, unreachable_pub, reason = "shared by several tests, each of which uses a part")]
 
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
@@ -36,7 +36,7 @@ pub fn engine(options: EngineOptions) -> (Handle, JoinHandle<()>) {
 
 pub fn greedy(prompt: Vec<u32>, max_tokens: u32) -> Request {
     let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
-    Request { prompt, max_tokens, sampling, stop_tokens: Vec::new(), logprobs: None, cache_salt: None }
+    Request { prompt, max_tokens, sampling, ..Request::default() }
 }
 
 /// The demo model's tokens are bytes; 257 begins a turn and 258 ends it.

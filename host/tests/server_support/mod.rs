@@ -16,8 +16,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use host::engine::{Engine, Event, EventSink, Finish, FinishReason, Refused, Request, Status, SubmitError, TokenEvent};
-use host::server::{App, Drained, Limits, ModelInfo, bind, run};
+use host::server::{App, Drained, Limits, ModelInfo, Recorder, bind, run};
 use host::text::{ChatTemplate, Tokenizer};
+use sha2::Digest;
 use tokenizers::AddedToken;
 use tokenizers::models::bpe::BPE;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -73,6 +74,10 @@ impl Engine for Scripted {
         Ok(())
     }
 
+    fn submit_all(&self, requests: Vec<(Request, Box<dyn EventSink>)>) -> Result<(), SubmitError> {
+        requests.into_iter().try_for_each(|(request, sink)| self.submit(request, sink))
+    }
+
     fn status(&self) -> Status {
         self.status.lock().unwrap().clone()
     }
@@ -93,6 +98,16 @@ pub fn end(request: &Request, reason: FinishReason, generated_tokens: u32) -> Ev
 pub fn say(text: &'static [u8]) -> Arc<Script> {
     Arc::new(move |request, mut sink| {
         let count = text.len().min(request.max_tokens as usize);
+        if request.prompt_logprobs.is_some() {
+            let prompt = request.prompt.iter().enumerate().map(|(place, &id)| {
+                let Event::Token(mut event) = token(id) else { unreachable!() };
+                if place == 0 {
+                    (event.logprob, event.top) = (None, vec![]);
+                }
+                event
+            });
+            let _ = sink.offer(Event::Prompt(prompt.collect()));
+        }
         for byte in &text[..count] {
             let mut event = token(u32::from(*byte));
             if let (Event::Token(token), None) = (&mut event, request.logprobs) {
@@ -133,8 +148,19 @@ pub fn app(script: Arc<Script>, limits: Limits) -> (App, Arc<Scripted>) {
             created: 1_700_000_000,
         },
         limits,
+        recorder: None,
     };
     (app, engine)
+}
+
+/// The digest of a choice, from its definition: `flags`, then the words.
+pub fn digest(flags: u8, words: &[u32]) -> String {
+    let bytes = [vec![flags], words.iter().flat_map(|word| word.to_le_bytes()).collect()].concat();
+    sha256(&bytes)
+}
+
+pub fn sha256(bytes: &[u8]) -> String {
+    sha2::Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// A running server.
@@ -152,6 +178,16 @@ impl Fixture {
 
     pub fn with_limits(script: Arc<Script>, limits: Limits) -> Self {
         let (app, engine) = app(script, limits);
+        Self::serving(app, engine)
+    }
+
+    /// What it answers is recorded.
+    pub fn recording(script: Arc<Script>, recorder: Recorder) -> Self {
+        let (app, engine) = app(script, Limits::default());
+        Self::serving(App { recorder: Some(recorder), ..app }, engine)
+    }
+
+    fn serving(app: App, engine: Arc<Scripted>) -> Self {
         let (stop, stopped) = oneshot::channel::<()>();
         let (told, address) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {

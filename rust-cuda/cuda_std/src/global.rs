@@ -66,7 +66,8 @@ macro_rules! buffer_type {
                 self.length == 0
             }
 
-            /// Ends the kernel unless `count` elements from `index` on are inside.
+            /// Ends the kernel unless `count` elements from `index` on are inside: one check before many accesses by the
+            /// `_unchecked` forms.
             #[inline(always)]
             #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
             pub fn check(&self, index: usize, count: usize) {
@@ -273,6 +274,38 @@ impl InOut<'_, u32> {
             // SAFETY: inside the buffer; all concurrent accesses to it are atomic by the kernel's contract.
             unsafe { core::sync::atomic::AtomicU32::from_ptr(self.pointer.add(index)) }
                 .fetch_add(value, core::sync::atomic::Ordering::Relaxed)
+        }
+    }
+
+    /// Counts an arrival: adds 1 to element `index`, or sets it to 0 where it has reached `last`, as one indivisible step;
+    /// returns what was there. So `last + 1` arrivals leave the counter as it was before the first, and the one that is
+    /// told `last` knows that all others have arrived.
+    ///
+    /// Memory order: acquire and release, on the whole device. What a thread (or, over a barrier, its block) did before its
+    /// arrival is seen by whoever is told of a later arrival at the same counter, and after a barrier by its block. Reads
+    /// of what others wrote go through [`InOut`], never [`In`].
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn arrive(&self, index: usize, last: u32) -> u32 {
+        self.check(index, 1);
+        #[cfg(target_arch = "nvptx64")]
+        {
+            let old: u32;
+            // SAFETY: checked just above; the default memory clobber keeps the surrounding accesses on their side.
+            unsafe {
+                core::arch::asm!("atom.acq_rel.gpu.global.inc.u32 {}, [{}], {};",
+                    out(reg32) old, in(reg64) self.pointer.add(index), in(reg32) last, options(nostack));
+            }
+            old
+        }
+        #[cfg(not(target_arch = "nvptx64"))]
+        {
+            use core::sync::atomic::{AtomicU32, Ordering};
+            cpu::global_arrival(self.shadow, self.shadow_offset + index * 4, 4);
+            // SAFETY: inside the buffer; all concurrent accesses to it are atomic by the kernel's contract.
+            let counter = unsafe { AtomicU32::from_ptr(self.pointer.add(index)) };
+            let next = |old| Some(if old >= last { 0 } else { old + 1 });
+            counter.fetch_update(Ordering::AcqRel, Ordering::Acquire, next).unwrap_or_else(|old| old)
         }
     }
 }

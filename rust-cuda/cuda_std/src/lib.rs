@@ -24,7 +24,7 @@
 //! | `launch` | (CPU side only) what the host needs to start a kernel |
 //! | `cpu` | (CPU side only) the executor |
 #![cfg_attr(target_arch = "nvptx64", no_std)]
-#![cfg_attr(target_arch = "nvptx64", feature(asm_experimental_arch, nvptx_target_feature))]
+#![cfg_attr(target_arch = "nvptx64", feature(asm_experimental_arch))]
 
 pub use cuda_std_macros::kernel;
 pub use global::{In, InOut, Out};

@@ -91,6 +91,18 @@ pub fn exp2(x: f32) -> f32 {
     }
 }
 
+/// [`exp2`] of x <= 0: the same bits with a third fewer instructions, because the power of 2 can be added to the exponent
+/// (from x = -125 on the result is a normal number). NaN gives NaN, or a number that is infinite in bf16.
+#[inline(always)]
+#[must_use]
+pub fn exp2_of_negative(x: f32) -> f32 {
+    let rounded = x + ROUND;
+    let f = x - (rounded - ROUND);
+    // The low bits of ROUND are 0, so those of `rounded` are the integer.
+    let y = f32::from_bits(exp2_reduced(f).to_bits().wrapping_add(rounded.to_bits() << 23));
+    if x < -125.0 { 0.0 } else { y }
+}
+
 /// e^x, to about two units in the last place. Below x = -86.6 it is 0; from x = 88.73 on it is infinite.
 #[inline(always)]
 #[must_use]

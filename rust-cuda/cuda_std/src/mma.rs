@@ -80,11 +80,19 @@ pub fn load_b_columns(tile: &Shared<bf16>, start: usize, stride: usize) -> [[u32
 }
 
 /// Two 16 x 8 operands B that follow each other in k: rows 0 to 15 and 16 to 31 of the same 8 columns, each of which is a
-/// row of the tile; the tile has `rows` of them, the last of which stands for the others. One `ldmatrix.x4`, as [`load_a`].
+/// row of the tile. One `ldmatrix.x4`, as [`load_a`].
 #[inline(always)]
 #[must_use]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-pub fn load_b_steps(tile: &Shared<bf16>, start: usize, stride: usize, rows: usize) -> [[u32; 2]; 2] {
+pub fn load_b_steps(tile: &Shared<bf16>, start: usize, stride: usize) -> [[u32; 2]; 2] {
+    load_b_steps_of(tile, start, stride, 8)
+}
+
+/// [`load_b_steps`] of a tile that has only `rows` rows: the last one stands for those that are not there.
+#[inline(always)]
+#[must_use]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub fn load_b_steps_of(tile: &Shared<bf16>, start: usize, stride: usize, rows: usize) -> [[u32; 2]; 2] {
     let lane = crate::thread::lane_id() as usize;
     #[cfg(target_arch = "nvptx64")]
     {

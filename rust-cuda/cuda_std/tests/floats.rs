@@ -42,6 +42,18 @@ fn the_ruler_measures() {
 }
 
 #[test]
+fn exp2_of_negative_has_the_bits_of_exp2() {
+    // Floats of every size from -0 to negative infinity, and all between -127 and -124.9.
+    let (zero, infinity) = ((-0.0f32).to_bits(), f32::NEG_INFINITY.to_bits());
+    let points = (zero..=infinity).step_by(97).chain([infinity]).chain((-124.9f32).to_bits()..=(-127.0f32).to_bits());
+    for x in points.map(f32::from_bits).chain([0.0, f32::from_bits(1)]) {
+        assert_eq!(math::exp2_of_negative(x).to_bits(), math::exp2(x).to_bits(), "{x}");
+    }
+    let nan = math::exp2_of_negative(f32::NAN);
+    assert!(nan.is_nan() || f32_to_bf16(nan).is_infinite());
+}
+
+#[test]
 fn exp2_is_within_one_unit() {
     let points = sweep(-125.0, 127.999, 400_000).chain(sweep(-1.0, 1.0, 400_000));
     let (distance, at) = worst(points, math::exp2, f64::exp2);

@@ -318,6 +318,69 @@ fn an_asynchronous_copy_over_a_tile_in_use_is_found() {
     passes(|executor| run(executor, 1));
 }
 
+/// Every block leaves a number; the last to arrive at the counter adds them up. `how`: 0 counts without memory order, 1
+/// arrives before all threads have written, 2 and 3 are right, but with 2 only the arriving thread may read.
+#[kernel(block = 64)]
+fn last_block_adds(parts: InOut<f32>, counter: InOut<u32>, out: Out<f32>, how: u32) {
+    let told = shared_array!(u32, 1);
+    let (thread, block, blocks) = (thread::thread_idx_x(), thread::block_idx_x(), thread::grid_dim_x());
+    parts.set((block * 64 + thread) as usize, thread as f32);
+    if how != 1 {
+        thread::sync_threads();
+    }
+    if thread == 0 {
+        let arrived = if how == 0 { counter.atomic_add(0, 1) } else { counter.arrive(0, blocks - 1) };
+        told.set(0, arrived);
+    }
+    let reader = if how == 2 {
+        thread == 0
+    } else {
+        thread::sync_threads();
+        thread == 40
+    };
+    if reader && told.get(0) + 1 == blocks {
+        let mut sum = 0.0;
+        let mut i = 0;
+        while i < blocks * 64 {
+            sum += parts.get(i as usize);
+            i += 1;
+        }
+        out.set(0, sum);
+        counter.set(0, 0);
+    }
+}
+
+#[test]
+fn an_arrival_orders_blocks_and_a_plain_count_does_not() {
+    let run = |executor: &Executor, how| {
+        let (mut parts, mut counter) = (Buffer::uninitialised(5 * 64), Buffer::new(&[0u32]));
+        let mut out = Buffer::uninitialised(1);
+        let launch = |parts: &mut _, counter: &mut _, out: &mut _| {
+            executor.run(&last_block_adds::launch(parts, counter, out, how), Grid::new_1d(5))
+        };
+        launch(&mut parts, &mut counter, &mut out)?;
+        assert_eq!(out.as_slice(), [5.0 * 2016.0]);
+        // The counter is as it was.
+        launch(&mut parts, &mut counter, &mut out)
+    };
+    for how in [0, 1] {
+        every_seed_finds(
+            |e| run(e, how).unwrap_err(),
+            |kind| match kind {
+                FaultKind::Race { space: Space::Global, first, second, .. } => {
+                    [first.action, second.action] == [Action::Write, Action::Read]
+                        && (how == 1 || first.block != second.block)
+                }
+                FaultKind::Uninitialised { space: Space::Global, .. } => how == 1,
+                _ => false,
+            },
+        );
+    }
+    for how in [2, 3] {
+        passes(|executor| run(executor, how));
+    }
+}
+
 #[test]
 fn a_seed_repeats_its_fault() {
     for seed in SEEDS {

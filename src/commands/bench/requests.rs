@@ -23,6 +23,7 @@ struct Recorder {
 impl EventSink for Recorder {
     fn offer(&mut self, event: Event) -> Result<(), Refused> {
         match event {
+            Event::Prompt(_) => {}
             Event::Token(_) => self.life.tokens.push(Instant::now()),
             // The receiver waits for all of them.
             Event::End(_) => self.done.send(Ok(self.life.clone())).map_err(|_| Refused::Gone)?,
@@ -48,9 +49,7 @@ pub(super) fn request(vocab: usize, index: usize, tokens: usize, max_tokens: u32
         prompt: (0..tokens).map(|_| random.below(vocab as u64) as u32).collect(),
         max_tokens,
         sampling,
-        stop_tokens: Vec::new(),
-        logprobs: None,
-        cache_salt: None,
+        ..Request::default()
     }
 }
 

@@ -85,6 +85,7 @@ pub(super) fn answer(
                 tokens.push(token.id);
                 logprobs.push(most_likely(token));
             }
+            Ok(Event::Prompt(_)) => {}
             Ok(Event::End(finish)) => break finish,
             Ok(Event::Error(error)) => {
                 end_line(form, out)?;

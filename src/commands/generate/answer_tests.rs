@@ -27,6 +27,10 @@ impl Engine for Script {
         Ok(())
     }
 
+    fn submit_all(&self, requests: Vec<(Request, Box<dyn EventSink>)>) -> Result<(), SubmitError> {
+        requests.into_iter().try_for_each(|(request, sink)| self.submit(request, sink))
+    }
+
     fn status(&self) -> Status {
         Status::default()
     }
@@ -34,7 +38,7 @@ impl Engine for Script {
 
 fn request(logprobs: Option<u32>) -> Request {
     let sampling = Sampling { seed: 42, ..Sampling::default() };
-    Request { prompt: vec![1, 2], max_tokens: 8, sampling, stop_tokens: vec![], logprobs, cache_salt: None }
+    Request { prompt: vec![1, 2], max_tokens: 8, sampling, logprobs, ..Request::default() }
 }
 
 fn token(id: u32) -> Event {

@@ -5,7 +5,7 @@ use std::panic::Location;
 
 use super::block::{MAX_THREADS, block_index};
 use super::fault::{Action, FaultKind, Site};
-use super::history::{Access, History};
+use super::history::{Access, Acquire, History, Release};
 use super::memory::SHARED_LIMIT;
 use super::random::Random;
 use super::shadow::{ByteSet, Shadow, Wrong};
@@ -36,6 +36,10 @@ pub(super) struct Checks {
     pub(super) epoch: u32,
     /// Warp barriers passed, by warp.
     pub(super) warp_epochs: [u32; MAX_THREADS / 32],
+    /// Arrivals at counters.
+    arrivals: u32,
+    /// What they have told the block of others.
+    acquired: Vec<Acquire>,
     /// The launch's number in the process, for buffers.
     launch: u64,
     /// Blocks run with this object, for the shared memory.
@@ -54,6 +58,8 @@ impl Checks {
             block: 0,
             epoch: 0,
             warp_epochs: [0; MAX_THREADS / 32],
+            arrivals: 0,
+            acquired: Vec::new(),
             launch: 0,
             blocks_run: 0,
             shared: History::new(SHARED_LIMIT),
@@ -70,6 +76,8 @@ impl Checks {
         self.block = block;
         self.epoch = 0;
         self.warp_epochs = [0; MAX_THREADS / 32];
+        self.arrivals = 0;
+        self.acquired.clear();
         self.launch = launch;
         self.blocks_run += 1;
         self.initialised.clear();
@@ -86,6 +94,7 @@ impl Checks {
             block: self.block,
             epoch: self.epoch,
             warp_epoch: self.warp_epochs[thread as usize / 32],
+            arrivals: self.arrivals,
             thread: thread as u16,
             action,
         }
@@ -113,13 +122,39 @@ impl Checks {
         (thread, action, at): (u32, Action, &'static Location<'static>),
     ) -> Result<(), FaultKind> {
         let access = self.access(thread, action, at);
-        shadow.access(self.launch, start, bytes, access).map_err(|wrong| match wrong {
+        shadow.access(self.launch, start, bytes, access, &self.acquired).map_err(|wrong| match wrong {
             Wrong::Outside => {
                 FaultKind::OutOfBounds { space: Space::Global, index: start, count: bytes, length: shadow.bytes(), at }
             }
             Wrong::Uninitialised(offset) => FaultKind::Uninitialised { space: Space::Global, offset, at },
             Wrong::Race(offset, earlier) => self.race(Space::Global, offset, &earlier, &access),
         })
+    }
+
+    /// An arrival at a counter: the thread learns what those before it knew, and leaves what it knows.
+    pub(super) fn arrive(
+        &mut self,
+        shadow: &Shadow,
+        start: usize,
+        bytes: usize,
+        (thread, at): (u32, &'static Location<'static>),
+    ) -> Result<(), FaultKind> {
+        let releases = shadow.arrivals(self.launch, start);
+        let here = self.access(thread, Action::Atomic, at);
+        let Access { block, epoch, warp_epoch, arrivals, thread: number, .. } = here;
+        self.acquired.push(Acquire { epoch, warp_epoch, thread: number, releases });
+        self.global(shadow, start, bytes, (thread, Action::Atomic, at))?;
+        let mut known = vec![Release { block, epoch, warp_epoch, arrivals, thread: number }];
+        for acquire in self.acquired.iter().filter(|acquire| acquire.reaches(&here)) {
+            for release in acquire.releases.iter() {
+                if !known.contains(release) {
+                    known.push(*release);
+                }
+            }
+        }
+        shadow.set_arrivals(start, known.into());
+        self.arrivals += 1;
+        Ok(())
     }
 
     /// An access to shared memory.
@@ -141,7 +176,7 @@ impl Checks {
         {
             return Err(FaultKind::Uninitialised { space: Space::Shared, offset, at });
         }
-        let recorded = self.shared.record(self.blocks_run, start, bytes, access);
+        let recorded = self.shared.record(self.blocks_run, start, bytes, access, &[]);
         recorded.map_err(|(offset, earlier)| self.race(Space::Shared, offset, &earlier, &access))?;
         if matches!(action, Action::Write | Action::Atomic) {
             self.initialised.set(range, true);

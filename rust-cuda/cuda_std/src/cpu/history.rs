@@ -1,11 +1,13 @@
 //! Who used which byte: what race detection remembers.
 //!
-//! Kernels order their accesses by barriers alone, and a barrier orders everything of its block (or warp) before it
-//! with everything after it. So two accesses are ordered exactly when one thread made both, or a barrier that both
-//! threads take part in was passed between them, which two counters tell; and few accesses per byte are enough to
-//! find a conflict with any later one (see [`Cell::keep`]).
+//! Inside a block kernels order their accesses by barriers alone, and a barrier orders everything of its block (or warp)
+//! before it with everything after it. So two accesses are ordered exactly when one thread made both, or a barrier that
+//! both threads take part in was passed between them, which two counters tell; and few accesses per byte are enough to
+//! find a conflict with any later one (see [`Cell::keep`]). Blocks are ordered by arrivals at counters alone
+//! ([`Release`], [`Acquire`]).
 
 use std::panic::Location;
+use std::sync::Arc;
 
 use super::fault::Action;
 
@@ -20,27 +22,70 @@ pub(super) struct Access {
     pub(super) epoch: u32,
     /// Warp barriers that the warp had passed.
     pub(super) warp_epoch: u32,
+    /// Arrivals at counters that the block had made.
+    pub(super) arrivals: u32,
     pub(super) thread: u16,
     pub(super) action: Action,
 }
 
+/// An arrival at a counter, as those see it who arrive later: what was before it for its own thread is before them.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct Release {
+    pub(super) block: u32,
+    pub(super) epoch: u32,
+    pub(super) warp_epoch: u32,
+    pub(super) arrivals: u32,
+    pub(super) thread: u16,
+}
+
+impl Release {
+    fn covers(&self, access: &Access) -> bool {
+        self.block == access.block
+            && (access.epoch < self.epoch
+                || (access.thread / 32 == self.thread / 32 && access.warp_epoch < self.warp_epoch)
+                || (access.thread == self.thread && access.arrivals <= self.arrivals))
+    }
+}
+
+/// The same arrival as its own block sees it: what it learned of others.
+pub(super) struct Acquire {
+    pub(super) epoch: u32,
+    pub(super) warp_epoch: u32,
+    pub(super) thread: u16,
+    pub(super) releases: Arc<[Release]>,
+}
+
+impl Acquire {
+    /// Is `access`, a later one of the same block, behind the arrival?
+    pub(super) fn reaches(&self, access: &Access) -> bool {
+        access.thread == self.thread
+            || access.epoch > self.epoch
+            || (access.thread / 32 == self.thread / 32 && access.warp_epoch > self.warp_epoch)
+    }
+}
+
 impl Access {
-    const NONE: Self = Self { location: None, block: 0, epoch: 0, warp_epoch: 0, thread: 0, action: Action::Read };
+    const NONE: Self =
+        Self { location: None, block: 0, epoch: 0, warp_epoch: 0, arrivals: 0, thread: 0, action: Action::Read };
 
     fn same_warp(&self, other: &Self) -> bool {
         self.block == other.block && self.thread / 32 == other.thread / 32
     }
 
-    /// Does `self` come before `later` in every run? (It did in this one.)
-    fn before(&self, later: &Self) -> bool {
-        self.block == later.block
-            && (self.thread == later.thread
-                || self.epoch < later.epoch
-                || (self.same_warp(later) && self.warp_epoch < later.warp_epoch))
+    /// Does `self` come before `later` in every run? (It did in this one.) `known` is what the block of `later` has acquired.
+    fn before(&self, later: &Self, known: &[Acquire]) -> bool {
+        if self.block != later.block {
+            return known
+                .iter()
+                .any(|acquire| acquire.reaches(later) && acquire.releases.iter().any(|release| release.covers(self)));
+        }
+        self.thread == later.thread
+            || self.epoch < later.epoch
+            || (self.same_warp(later) && self.warp_epoch < later.warp_epoch)
     }
 
-    fn conflicts(&self, later: &Self) -> bool {
-        self.location.is_some() && !self.before(later)
+    fn conflicts(&self, later: &Self, known: &[Acquire]) -> bool {
+        self.location.is_some() && !self.before(later, known)
     }
 }
 
@@ -55,18 +100,19 @@ struct Cell {
 impl Cell {
     const EMPTY: Self = Self { writer: Access::NONE, readers: [Access::NONE; 2], atomics: [Access::NONE; 2] };
 
-    fn record(&mut self, access: Access) -> Result<(), Access> {
+    fn record(&mut self, access: Access, known: &[Acquire]) -> Result<(), Access> {
         let against: &[&[Access]] = match access.action {
             Action::Read => &[&[self.writer], &self.atomics],
             Action::Atomic => &[&[self.writer], &self.readers],
             _ => &[&[self.writer], &self.readers, &self.atomics],
         };
-        if let Some(&earlier) = against.iter().flat_map(|set| set.iter()).find(|earlier| earlier.conflicts(&access)) {
+        let mut earlier = against.iter().flat_map(|set| set.iter());
+        if let Some(&earlier) = earlier.find(|earlier| earlier.conflicts(&access, known)) {
             return Err(earlier);
         }
         match access.action {
-            Action::Read => Self::keep(&mut self.readers, access),
-            Action::Atomic => Self::keep(&mut self.atomics, access),
+            Action::Read => Self::keep(&mut self.readers, access, known),
+            Action::Atomic => Self::keep(&mut self.atomics, access, known),
             _ => *self = Self { writer: access, ..Self::EMPTY },
         }
         Ok(())
@@ -74,10 +120,12 @@ impl Cell {
 
     /// Adds an access to a set in which none conflicts with another. Two suffice when they are in different warps: any
     /// later thread is unordered with at least one of them until a block barrier orders all of the block. (Blocks run
-    /// one after another here, so an access of another block conflicts with everything to come.)
-    fn keep(set: &mut [Access; 2], access: Access) {
+    /// one after another here, so an access of another block conflicts with everything to come, unless an arrival at a
+    /// counter orders it. Where many blocks read what one writes after it has heard of some of them, a third reader that
+    /// it has not heard of may be missed.)
+    fn keep(set: &mut [Access; 2], access: Access, known: &[Acquire]) {
         for slot in set.iter_mut() {
-            if slot.location.is_none() || slot.before(&access) {
+            if slot.location.is_none() || slot.before(&access, known) {
                 *slot = Access::NONE;
             }
         }
@@ -107,7 +155,7 @@ impl Page {
     }
 }
 
-/// The accesses to one memory. Costs 30 to 120 bytes for each byte used.
+/// The accesses to one memory. Costs 40 to 160 bytes for each byte used.
 pub(super) struct History {
     pages: Vec<Option<Page>>,
 }
@@ -125,6 +173,7 @@ impl History {
         start: usize,
         bytes: usize,
         access: Access,
+        known: &[Acquire],
     ) -> Result<(), (usize, Access)> {
         let end = start + bytes;
         let fits = (start | bytes).trailing_zeros().min(2);
@@ -141,7 +190,7 @@ impl History {
                 page.split(fits);
             }
             let cell = &mut page.cells[(position % PAGE_BYTES) >> page.shift];
-            cell.record(access).map_err(|earlier| (position, earlier))?;
+            cell.record(access, known).map_err(|earlier| (position, earlier))?;
             position += 1 << page.shift;
         }
         Ok(())
@@ -199,9 +248,17 @@ mod tests {
                 let bytes = 1 << random.below(4);
                 let start = random.below(memory / bytes) as usize * bytes as usize;
                 let warp_epoch = warp_epochs[thread as usize / 32];
-                let access = Access { location: Some(here), block, epoch, warp_epoch, thread: thread as u16, action };
+                let access = Access {
+                    location: Some(here),
+                    block,
+                    epoch,
+                    warp_epoch,
+                    arrivals: 0,
+                    thread: thread as u16,
+                    action,
+                };
                 let expected = races(&all, start, bytes as usize, &access);
-                let result = history.record(seed, start, bytes as usize, access);
+                let result = history.record(seed, start, bytes as usize, access, &[]);
                 assert_eq!(result.is_err(), expected, "seed {seed}, after {} accesses", all.len());
                 if expected {
                     raced = true;

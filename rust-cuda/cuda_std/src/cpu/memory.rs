@@ -162,6 +162,25 @@ pub(crate) fn global_atomic(shadow: *const Shadow, offset: usize, bytes: usize) 
     }
 }
 
+#[inline(always)]
+#[track_caller]
+pub(crate) fn global_arrival(shadow: *const Shadow, offset: usize, bytes: usize) {
+    if shadow.is_null() {
+        return;
+    }
+    let at = Location::caller();
+    let (thread, block) = running();
+    // SAFETY: the block of the running thread, to which nobody else refers; the launch keeps the shadow alive as long as
+    // its buffer.
+    let result = unsafe {
+        let checks = &mut (*block).checks;
+        checks.as_mut().map_or(Ok(()), |checks| checks.arrive(&*shadow, offset, bytes, (thread, at)))
+    };
+    if let Err(kind) = result {
+        raise(kind);
+    }
+}
+
 #[cold]
 fn check_shared(start: usize, bytes: usize, action: Action, at: &'static Location<'static>) {
     let (thread, block) = running();

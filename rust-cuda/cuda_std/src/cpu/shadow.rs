@@ -1,11 +1,12 @@
 //! What checked mode knows of a buffer: which bytes somebody has written, and who used them in this launch.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::fault::Action;
-use super::history::{Access, History};
+use super::history::{Access, Acquire, History, Release};
 
 /// A set of bytes.
 pub(super) struct ByteSet(Vec<u64>);
@@ -50,6 +51,9 @@ pub(super) enum Wrong {
 struct State {
     initialised: ByteSet,
     history: History,
+    /// The arrivals at each counter, by its offset, in the launch `arrivals_of`.
+    arrivals: HashMap<usize, Arc<[Release]>>,
+    arrivals_of: u64,
 }
 
 /// What checked mode knows of a buffer. Belongs to the buffer's allocation and lives as long: bytes stay initialised
@@ -69,7 +73,8 @@ impl Shadow {
     /// The shadow of an allocation of `bytes` bytes, none of them written.
     #[must_use]
     pub fn new(bytes: usize) -> Arc<Self> {
-        let state = State { initialised: ByteSet::new(bytes), history: History::new(bytes) };
+        let (initialised, history) = (ByteSet::new(bytes), History::new(bytes));
+        let state = State { initialised, history, arrivals: HashMap::new(), arrivals_of: 0 };
         Arc::new(Self { bytes, state: Mutex::new(state) })
     }
 
@@ -102,7 +107,14 @@ impl Shadow {
     }
 
     /// Checks and records an access.
-    pub(super) fn access(&self, stamp: u64, start: usize, bytes: usize, access: Access) -> Result<(), Wrong> {
+    pub(super) fn access(
+        &self,
+        stamp: u64,
+        start: usize,
+        bytes: usize,
+        access: Access,
+        known: &[Acquire],
+    ) -> Result<(), Wrong> {
         let range = start..start.saturating_add(bytes);
         if range.end > self.bytes {
             return Err(Wrong::Outside);
@@ -113,10 +125,26 @@ impl Shadow {
         {
             return Err(Wrong::Uninitialised(byte));
         }
-        state.history.record(stamp, start, bytes, access).map_err(|(byte, earlier)| Wrong::Race(byte, earlier))?;
+        let recorded = state.history.record(stamp, start, bytes, access, known);
+        recorded.map_err(|(byte, earlier)| Wrong::Race(byte, earlier))?;
         if access.action != Action::Read {
             state.initialised.set(range, true);
         }
         Ok(())
+    }
+
+    /// The arrivals so far at the counter at `offset`.
+    pub(super) fn arrivals(&self, stamp: u64, offset: usize) -> Arc<[Release]> {
+        let mut state = self.state();
+        if state.arrivals_of != stamp {
+            state.arrivals_of = stamp;
+            state.arrivals.clear();
+        }
+        state.arrivals.get(&offset).cloned().unwrap_or_default()
+    }
+
+    /// One more arrival, and all that its thread knows of.
+    pub(super) fn set_arrivals(&self, offset: usize, releases: Arc<[Release]>) {
+        self.state().arrivals.insert(offset, releases);
     }
 }
