@@ -157,6 +157,17 @@ pub(crate) struct GenerateArguments {
 pub(crate) struct VerifyArguments {
     #[command(flatten)]
     pub(crate) source: ModelArguments,
+    /// Check that no request can tell its company: alone against among up to OTHERS, under every step size, state of the
+    /// cache and order of pages [default: 255 others]
+    #[arg(long, value_name = "OTHERS", num_args = 0..=1, default_missing_value = "255", require_equals = true,
+        value_parser = at_least_one::<usize>)]
+    pub(crate) batch: Option<usize>,
+    /// Compare with the golden digests of this device and model in FILE
+    #[arg(long, value_name = "FILE")]
+    pub(crate) golden: Option<PathBuf>,
+    /// Record this device's and model's golden digests in FILE, beside those of others
+    #[arg(long, value_name = "FILE", conflicts_with = "golden")]
+    pub(crate) write_golden: Option<PathBuf>,
 }
 
 #[derive(Args, Debug)]
@@ -319,6 +330,17 @@ mod tests {
     }
 
     #[test]
+    fn verify_takes_how_much_company() {
+        let company = |line: &str| match parse(line).unwrap().command {
+            Some(Command::Verify(arguments)) => arguments.batch,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(company("verify"), None);
+        assert_eq!(company("verify --batch"), Some(255));
+        assert_eq!(company("verify --batch=9 --device cpu"), Some(9));
+    }
+
+    #[test]
     fn replay_takes_file_url_and_concurrency() {
         let given = |line: &str| match parse(&format!("replay {line}")).unwrap().command {
             Some(Command::Replay(arguments)) => (arguments.file, arguments.url, arguments.concurrency),
@@ -408,6 +430,8 @@ mod tests {
             assert_eq!(refused(&format!("serve {option}")), ErrorKind::ValueValidation, "{option}");
         }
         assert_eq!(refused("serve --kv-cache-bytes 1 --kv-cache-fraction 0.5"), ErrorKind::ArgumentConflict);
+        assert_eq!(refused("verify --golden a --write-golden b"), ErrorKind::ArgumentConflict);
+        assert_eq!(refused("verify --batch=0"), ErrorKind::ValueValidation);
         assert_eq!(refused("observe"), ErrorKind::InvalidSubcommand);
     }
 }

@@ -19,6 +19,9 @@ use crate::cli::{Cli, Command};
 fn main() -> ExitCode {
     let command = Cli::parse().command.unwrap_or_else(Command::serve_demo_model);
     log_to_stderr(&command);
+    if cfg!(feature = "planted-batch-dependence") {
+        eprintln!("warning: this build makes wrong answers on purpose; it is for tests of the tests");
+    }
     let outcome = match command {
         Command::Serve(arguments) => commands::serve::run(&arguments),
         Command::Generate(arguments) => commands::generate::run(&arguments),

@@ -246,12 +246,36 @@ fn json_says_everything_and_the_stream_says_the_text() {
 #[test]
 fn one_seed_gives_one_answer_and_without_one_it_is_reported() {
     let (_guard, model) = model();
-    let question = ["--token-ids", "5,6,7", "--max-tokens", "16", "--ignore-eos", "--temperature", "1"];
+    let question =
+        ["--token-ids", "5,6,7", "--max-tokens", "16", "--ignore-eos", "--temperature", "1", "--logprobs", "3"];
+    // Each is a process of its own: log-probabilities are compared to the last digit, too.
     let drawn = json(&model, &question);
     let seed = drawn["seed"].as_u64().unwrap().to_string();
     assert_eq!(json(&model, &[&question[..], &["--seed", &seed]].concat()), drawn);
     let other = json(&model, &[&question[..], &["--seed", &format!("{seed}1")]].concat());
     assert_ne!(other["tokens"], drawn["tokens"]);
+}
+
+#[test]
+fn golden_digests_are_recorded_compared_and_found_wrong() {
+    let (guard, model) = model();
+    let file = guard.path().join("golden.json");
+    let verify = |option: &str| {
+        let (model, file) = (model.to_str().unwrap(), file.to_str().unwrap());
+        lockstep(&["verify", "--model", model, "--device", "cpu", option, file])
+    };
+    let line = failure(&["verify", "--model", model.to_str().unwrap(), "--device", "cpu", "--golden", "/nowhere/file"]);
+    assert!(line.contains("/nowhere/file"), "{line}");
+    assert_eq!(verify("--write-golden").code, Some(0));
+    // Another process.
+    let equal = verify("--golden");
+    assert_eq!(equal.code, Some(0), "{}{}", equal.stdout, equal.stderr);
+    assert!(equal.stdout.lines().filter(|line| line.starts_with("ok ")).count() >= 4, "{}", equal.stdout);
+    edit_json(&file, |golden| golden["CPU executor"]["small"]["answers"]["greedy"] = "00".into());
+    let other = verify("--golden");
+    assert_eq!(other.code, Some(1));
+    assert_eq!(other.stdout.lines().filter(|line| line.starts_with("FAIL")).count(), 1, "{}", other.stdout);
+    assert!(other.stdout.contains("request greedy"), "{}", other.stdout);
 }
 
 #[test]

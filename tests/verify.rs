@@ -6,9 +6,9 @@ mod devices;
 use std::path::Path;
 use std::sync::Arc;
 
-use host::device::Device;
+use host::device::{CpuOptions, Device};
 use host::model::Model;
-use host::verify;
+use host::verify::{self, Goldens};
 
 fn all_lines_hold(device: &Device, folder: &str) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
@@ -36,4 +36,30 @@ fn every_small_model_keeps_the_contract_on_the_gpu() {
             all_lines_hold(&device, path.to_str().unwrap());
         }
     }
+}
+
+fn golden_digests_hold(device: &Device) {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let goldens = Goldens::read(&root.join("tests/golden/digests.json")).unwrap();
+    let model = Arc::new(Model::load(device, &root.join("models/demo"), Some(512), &mut |_, _| {}).unwrap());
+    let lines = goldens.check(&model, "demo").unwrap();
+    assert!(lines.len() >= 4 && lines.iter().all(|line| line.holds), "{lines:#?}");
+    // A model of which nothing is recorded.
+    assert!(goldens.check(&model, "other").unwrap().iter().all(|line| !line.holds));
+}
+
+#[test]
+fn the_demo_model_answers_as_it_did_on_the_cpu() {
+    golden_digests_hold(&devices::cpu());
+}
+
+#[test]
+fn the_number_of_threads_is_not_in_the_golden_digests() {
+    golden_digests_hold(&Device::cpu(CpuOptions { threads: 3, ..CpuOptions::default() }).unwrap());
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn the_demo_model_answers_as_it_did_on_this_kind_of_gpu() {
+    golden_digests_hold(&devices::cuda());
 }

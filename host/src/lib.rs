@@ -11,6 +11,11 @@
 //! | [`ops`] | one safe function per kernel: checks shapes, chooses the grid, launches | models |
 //! | [`device`] | memory, launches and linear layers on CUDA or on the CPU executor | everything above |
 
+#[cfg(all(feature = "planted-batch-dependence", not(debug_assertions)))]
+compile_error!(
+    "the feature planted-batch-dependence makes wrong answers on purpose; it is for tests, in the dev profile only"
+);
+
 pub mod client;
 pub mod device;
 pub mod engine;

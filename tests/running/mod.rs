@@ -1,5 +1,6 @@
 //! The program, serving on a free port of the loopback, and a client that sees each event as it comes.
 #![allow(clippy::unwrap_used, reason = "a step that fails is a test that fails")]
+#![allow(dead_code, reason = "each test file uses some of it")]
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};

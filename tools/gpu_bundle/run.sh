@@ -51,6 +51,7 @@ for part in "$@"; do
     [ "$part" = full-size ] || [ "$part" = all ] && {
         section "full size"
         check "$folder/lockstep" verify --model "$full_size"
+        check "$folder/lockstep" verify --batch --model "$full_size"
         check python3 tools/reference/full_size.py --out "$full_size" --check "$folder/lockstep" --device cuda:0
     }
     [ "$part" = sanitize ] && {

@@ -32,7 +32,7 @@ mod sequence;
 
 pub use clock::StepTimes;
 pub use handle::{Engine, Handle, Status};
-pub use options::{CacheSize, EngineOptions};
+pub use options::{CacheSize, EngineOptions, Trial};
 pub use pages::PageCounts;
 pub use request::{
     EngineError, Event, EventSink, Finish, FinishReason, Refused, Request, Sampling, SubmitError, TokenEvent,

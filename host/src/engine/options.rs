@@ -23,6 +23,18 @@ pub struct EngineOptions {
     /// Take the time of each step, on the device and by the clock, for [`Status::steps`](super::Status::steps). It costs
     /// some microseconds a step on a GPU.
     pub time_steps: bool,
+    /// Conditions that tests put the engine under.
+    pub trial: Trial,
+}
+
+/// Conditions under which `lockstep verify --batch` and the tests compare answers. A server has none of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Trial {
+    /// Free pages are given out in the order that this seed gives, instead of by number.
+    pub page_order: Option<u64>,
+    /// Before each step every intermediate value of the workspace, and every page that a sequence begins, is overwritten
+    /// with NaN. Costs an upload of the whole workspace per step.
+    pub poison: bool,
 }
 
 /// A full queue at 4096 tokens a request.
@@ -43,7 +55,7 @@ impl EngineOptions {
     /// What suits the device.
     #[must_use]
     pub fn for_device(device: &Device) -> Self {
-        let (residency_check, time_steps) = (Duration::from_secs(60), false);
+        let (residency_check, time_steps, trial) = (Duration::from_secs(60), false, Trial::default());
         if device.is_cuda() {
             let cache = CacheSize::FreeFraction(0.9);
             Self {
@@ -54,6 +66,7 @@ impl EngineOptions {
                 cache,
                 residency_check,
                 time_steps,
+                trial,
             }
         } else {
             let cache = CacheSize::Bytes(128 << 20);
@@ -65,6 +78,7 @@ impl EngineOptions {
                 cache,
                 residency_check,
                 time_steps,
+                trial,
             }
         }
     }

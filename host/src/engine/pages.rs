@@ -8,6 +8,8 @@ use std::collections::{BTreeMap, HashMap};
 
 use sha2::{Digest, Sha256};
 
+use crate::testing::TestRng;
+
 /// A page's number in the cache.
 pub(super) type PageId = u32;
 
@@ -88,6 +90,14 @@ impl PagePool {
             clock: 0,
             counts: PageCounts { total, ..PageCounts::default() },
             wrong_releases: 0,
+        }
+    }
+
+    /// Gives the pages that are free now out in another order.
+    pub(super) fn shuffle_free(&mut self, seed: u64) {
+        let mut random = TestRng::new(seed);
+        for last in (1..self.free.len()).rev() {
+            self.free.swap(last, random.below(last as u64 + 1) as usize);
         }
     }
 
@@ -233,6 +243,27 @@ mod tests {
 
     fn key(number: u32) -> PageKey {
         PageKey::root(None).child(&[number])
+    }
+
+    #[test]
+    fn a_shuffled_pool_gives_out_every_page_once_in_another_order() {
+        let order = |seed: Option<u64>| {
+            let mut pool = PagePool::new(50);
+            if let Some(seed) = seed {
+                pool.shuffle_free(seed);
+            }
+            pool.check_integrity(std::iter::empty()).unwrap();
+            std::iter::from_fn(|| pool.allocate()).collect::<Vec<_>>()
+        };
+        let plain = order(None);
+        assert_eq!(plain, (0..50).collect::<Vec<_>>());
+        assert_ne!(order(Some(1)), order(Some(2)));
+        for seed in 1..3 {
+            let mut shuffled = order(Some(seed));
+            assert_ne!(shuffled, plain);
+            shuffled.sort_unstable();
+            assert_eq!(shuffled, plain);
+        }
     }
 
     #[test]

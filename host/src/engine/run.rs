@@ -12,7 +12,7 @@ use super::clock::StepClock;
 use super::handle::{Handle, Progress, Shared, Submission, Waiting, lock};
 use super::prompt_scores;
 use super::sampler::{SampleRow, Sampled, Sampler};
-use super::scheduler::{NeverFits, Scheduler, SchedulerLimits};
+use super::scheduler::{NeverFits, Plan, Scheduler, SchedulerLimits};
 use super::sequence::SequenceId;
 use super::{EngineError, EngineOptions};
 use crate::device::DeviceError;
@@ -64,19 +64,24 @@ pub fn spawn(model: Arc<Model>, options: EngineOptions) -> Result<(Handle, JoinH
         failure: Mutex::new(None),
         resident: Mutex::new(Ok(())),
     });
+    let mut scheduler = Scheduler::new(limits);
+    if let Some(seed) = options.trial.page_order {
+        scheduler.pool.shuffle_free(seed);
+    }
     let clock = StepClock::new(&shared.device, options.time_steps)?;
     let mut worker = Worker {
         model,
         cache,
         workspace,
         sampler,
-        scheduler: Scheduler::new(limits),
+        scheduler,
         clients: BTreeMap::new(),
         batch: Batch::default(),
         clock,
         counted: Waiting::default(),
         recount_due: false,
         residency_check: options.residency_check,
+        poison: options.trial.poison,
         shared: shared.clone(),
     };
     worker.publish();
@@ -117,6 +122,8 @@ struct Worker {
     /// Something was computed since the last recount.
     recount_due: bool,
     residency_check: Duration,
+    /// See [`Trial`](super::Trial).
+    poison: bool,
     shared: Arc<Shared>,
 }
 
@@ -215,6 +222,9 @@ impl Worker {
         if plan.segments.is_empty() {
             return Ok(());
         }
+        if self.poison {
+            self.poison(&plan)?;
+        }
         self.batch.fill(&plan, &self.scheduler);
         // Where everybody wants the likeliest token and nothing else, the model chooses it.
         let plain = self.batch.scores().is_empty()
@@ -258,6 +268,19 @@ impl Worker {
             } else {
                 self.clients.remove(&id);
                 self.scheduler.remove(id);
+            }
+        }
+        Ok(())
+    }
+
+    /// Overwrites what the step must not read: intermediate values, and the pages that its sequences begin.
+    fn poison(&mut self, plan: &Plan) -> Result<(), DeviceError> {
+        let device = &self.shared.device;
+        self.workspace.poison(device)?;
+        for segment in &plan.segments {
+            let Some(sequence) = self.scheduler.sequence(segment.id) else { continue };
+            for &page in &sequence.pages[self.scheduler.limits().pages_for(segment.first)..] {
+                self.cache.poison(device, page)?;
             }
         }
         Ok(())

@@ -74,6 +74,21 @@ impl KvCache {
         (keys, values)
     }
 
+    /// Overwrites a page with NaN, in every layer. For tests: whoever reads a place before it is written shows it.
+    ///
+    /// # Errors
+    /// A page outside the cache, or the device's error.
+    pub fn poison(&mut self, device: &Device, page: u32) -> Result<(), DeviceError> {
+        let elements = self.heads.page_elements();
+        let range = page as usize * elements..(page as usize + 1) * elements;
+        let poison = vec![bf16::NAN; elements];
+        for (keys, values) in &mut self.layers {
+            device.upload(keys.slice_mut(range.clone())?, &poison)?;
+            device.upload(values.slice_mut(range.clone())?, &poison)?;
+        }
+        Ok(())
+    }
+
     /// The bits of the keys and values of `tokens` tokens of a sequence whose pages are `page_table`: every layer's keys
     /// \[G, D\] and values \[G, D\] of token 0, then of token 1, and so on. For tests of equality.
     ///

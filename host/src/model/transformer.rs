@@ -465,6 +465,47 @@ impl Workspace {
         self.limits
     }
 
+    /// Overwrites every intermediate value with NaN. For tests: whoever reads one before it is written shows it.
+    ///
+    /// # Errors
+    /// The device's error.
+    pub fn poison(&mut self, device: &Device) -> Result<(), DeviceError> {
+        let Self {
+            residual,
+            normed,
+            qkv,
+            partials,
+            attended,
+            delta,
+            gate_up,
+            gated,
+            head_rows,
+            head_normed,
+            logits,
+            best,
+            chosen,
+            // Uploaded for each step, or left as they were found, or no values.
+            limits: _,
+            indices: _,
+            staging: _,
+            recordings: _,
+            counters: _,
+        } = self;
+        for buffer in [residual, qkv, partials, delta, head_rows, logits] {
+            let poison = vec![f32::NAN; buffer.len()];
+            device.upload(buffer, &poison)?;
+        }
+        for buffer in [normed, attended, gate_up, gated, head_normed] {
+            let poison = vec![bf16::NAN; buffer.len()];
+            device.upload(buffer, &poison)?;
+        }
+        let poison = vec![u64::MAX; best.len()];
+        device.upload(best, &poison)?;
+        let poison = vec![u32::MAX; chosen.len()];
+        device.upload(chosen, &poison)?;
+        Ok(())
+    }
+
     /// The tokens \[R\] that the last [`Model::forward_greedy`] with `rows` = R logits rows chose.
     ///
     /// # Errors

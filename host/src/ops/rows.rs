@@ -60,6 +60,10 @@ pub fn rms_norm(
     expect(shaped && out.len() == x.len() && eps > 0.0, "rms_norm", || {
         format!("x [T, {width}] of {}, out of {}, eps {eps} > 0", x.len(), out.len())
     })?;
-    let grid = Grid::new_1d(size("rms_norm", x.len() / width)?);
+    let rows = size("rms_norm", x.len() / width)?;
+    // A fault for the tests to find: a row's result depends on how many rows there are. See `Cargo.toml`.
+    #[cfg(feature = "planted-batch-dependence")]
+    let eps = eps + 1e-6 * rows as f32;
+    let grid = Grid::new_1d(rows);
     device.launch(kernels_gpu::rms_norm::rms_norm::launch(x, weight, out, size("rms_norm", width)?, eps), grid)
 }

@@ -1,14 +1,21 @@
 //! The self-test of the numeric contract, on the device and the model at hand.
 //!
-//! [`quick`] is what a server runs before it serves; [`full`] is what `lockstep verify` prints.
+//! [`quick`] is what a server runs before it serves; [`full`] is what `lockstep verify` prints, [`batch`] what it prints
+//! with `--batch`; [`Goldens`] are digests of answers, kept per device and model.
 
+mod batch;
+mod golden;
 mod linear;
+pub mod rehearsal;
 mod sequence;
 
 use std::sync::Arc;
 
 use crate::device::{Device, DeviceError, LinearBackend};
 use crate::model::Model;
+
+pub use self::batch::Size;
+pub use self::golden::{Golden, GoldenError, Goldens};
 
 /// One thing that was checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,6 +79,20 @@ pub fn full(model: &Arc<Model>, report: &mut dyn FnMut(&Line)) -> Result<bool, D
     tell(sequence::prefill_is_decode(model)?);
     tell(sequence::runs_repeat(model)?);
     tell(vec![residency(model.device())]);
+    Ok(all)
+}
+
+/// Checks that no request can tell its company: one alone against itself among others, under every step budget, state of
+/// the cache, order of pages and content of unused memory. `report` is told each line as soon as it is known.
+///
+/// # Errors
+/// The model's context is shorter than the requests, or the device's error.
+pub fn batch(model: &Arc<Model>, size: Size, report: &mut dyn FnMut(&Line)) -> Result<bool, DeviceError> {
+    let mut all = true;
+    batch::check(model, size, &mut |line| {
+        all &= line.holds;
+        report(&line);
+    })?;
     Ok(all)
 }
 

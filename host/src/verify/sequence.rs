@@ -1,16 +1,13 @@
 //! Whole sequences: prefill in any chunks and decode give the same bits, and so do repeated runs.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
-
-use sha2::{Digest, Sha256};
 
 use super::Line;
+use super::rehearsal::{self, Running, collect};
 use crate::device::DeviceError;
-use crate::engine::{CacheSize, Engine, EngineOptions, Event, EventSink, Refused, Request, Sampling, spawn};
+use crate::engine::{CacheSize, EngineOptions, Sampling};
 use crate::model::{KvCache, Model, Prefill, Step, StepLimits, Workspace};
 use crate::ops::PAGE;
-use crate::testing::TestRng;
 
 /// Tokens of the prompt: two full pages and a part of a third.
 const PROMPT_TOKENS: usize = 150;
@@ -24,11 +21,6 @@ const RUNS: usize = 100;
 /// Tokens generated in a run.
 const RUN_TOKENS: u32 = 16;
 
-fn random_tokens(model: &Model, count: usize, seed: u64) -> Vec<u32> {
-    let mut random = TestRng::new(seed);
-    (0..count).map(|_| random.below(model.config().vocab as u64) as u32).collect()
-}
-
 /// What a prompt leaves behind: the bits of its logits at every position, and of its keys and values.
 #[derive(PartialEq, Eq)]
 struct Trace {
@@ -39,7 +31,7 @@ struct Trace {
 /// Prefill of n tokens against n decode steps and against several chunk sizes, each into differently ordered pages.
 pub(super) fn prefill_is_decode(model: &Model) -> Result<Vec<Line>, DeviceError> {
     let count = PROMPT_TOKENS.min(model.context_tokens());
-    let tokens = random_tokens(model, count, 1);
+    let tokens = rehearsal::tokens(model, count, 1);
     let limits = StepLimits { rows: count, decode_rows: 1, logits_rows: count, table_entries: count.div_ceil(PAGE) };
     let mut workspace = model.workspace(limits)?;
     let mut cache = model.kv_cache(count.div_ceil(PAGE) + 2)?;
@@ -105,23 +97,21 @@ fn trace(
 /// another seed.
 pub(super) fn runs_repeat(model: &Arc<Model>) -> Result<Vec<Line>, DeviceError> {
     let prompt_tokens = PROMPT_TOKENS.min(model.context_tokens() - RUN_TOKENS as usize);
-    let prompt = random_tokens(model, prompt_tokens, 2);
+    let prompt = rehearsal::tokens(model, prompt_tokens, 2);
     let options = EngineOptions { cache: CacheSize::Bytes(256 << 20), ..EngineOptions::for_device(model.device()) };
-    let (handle, thread) = spawn(model.clone(), options)?;
-    let request = |temperature: f32, seed: u64| Request {
-        prompt: prompt.clone(),
-        max_tokens: RUN_TOKENS,
-        sampling: Sampling { temperature, seed, ..Sampling::default() },
-        logprobs: Some(5),
-        ..Request::default()
+    let running = Running::new(model, options)?;
+    let request = |temperature: f32, seed: u64| {
+        let sampling = Sampling { temperature, seed, ..Sampling::default() };
+        rehearsal::request(prompt.clone(), RUN_TOKENS, sampling, Some(5))
     };
     let mut lines = Vec::new();
     let mut warm_digest = None;
     for temperature in [0.0, 0.8] {
-        let mut digests = vec![digest(submit(&handle, request(temperature, 1))?)?];
-        let together = (1..RUNS).map(|_| submit(&handle, request(temperature, 1))).collect::<Result<Vec<_>, _>>()?;
-        for run in together {
-            digests.push(digest(run)?);
+        let request = request(temperature, 1);
+        let mut digests = vec![running.ask(&request)?.digest()];
+        let together = (1..RUNS).map(|_| running.submit(&request)).collect::<Result<Vec<_>, _>>()?;
+        for run in &together {
+            digests.push(collect(run)?.digest());
         }
         digests.sort_unstable();
         digests.dedup();
@@ -132,55 +122,9 @@ pub(super) fn runs_repeat(model: &Arc<Model>) -> Result<Vec<Line>, DeviceError> 
         ));
         warm_digest = digests.pop();
     }
-    let other = digest(submit(&handle, request(0.8, 2))?)?;
+    let other = running.ask(&request(0.8, 2))?.digest();
     let differs = warm_digest.is_some_and(|digest| digest != other);
     let detail = if differs { "the digests differ" } else { "the digests are equal" };
     lines.push(Line::new("another seed at temperature 0.8 gives another digest", detail, differs));
-    drop(handle);
-    thread.join().map_err(|_| DeviceError::Unknown("the engine's thread panicked".to_owned()))?;
     Ok(lines)
-}
-
-fn failed(why: &impl std::fmt::Display) -> DeviceError {
-    DeviceError::InferenceFailed(format!("a run of the self-test failed: {why}"))
-}
-
-fn submit(engine: &impl Engine, request: Request) -> Result<Receiver<Event>, DeviceError> {
-    let (events, received) = channel();
-    engine.submit(request, Box::new(Channel(events))).map_err(|error| failed(&error))?;
-    Ok(received)
-}
-
-/// The digest of one answer: tokens, and the bits of every log-probability.
-fn digest(received: Receiver<Event>) -> Result<[u8; 32], DeviceError> {
-    let mut hash = Sha256::new();
-    for event in received {
-        match event {
-            Event::Token(token) => {
-                hash.update(token.id.to_le_bytes());
-                hash.update(token.logprob.unwrap_or(0.0).to_bits().to_le_bytes());
-                for (id, value) in token.top {
-                    hash.update(id.to_le_bytes());
-                    hash.update(value.to_bits().to_le_bytes());
-                }
-            }
-            Event::Prompt(_) => {}
-            Event::End(_) => return Ok(hash.finalize().into()),
-            Event::Error(error) => return Err(failed(&error)),
-        }
-    }
-    Err(failed(&"the engine went away"))
-}
-
-/// Bounded by the run's own length.
-struct Channel(Sender<Event>);
-
-impl EventSink for Channel {
-    fn offer(&mut self, event: Event) -> Result<(), Refused> {
-        self.0.send(event).map_err(|_| Refused::Gone)
-    }
-
-    fn is_gone(&self) -> bool {
-        false
-    }
 }
