@@ -52,7 +52,7 @@ pub struct Pairs {
 
 /// For one token or two ([`few_qkv()`], [`few_gate_up()`]): a warp normalises them soon enough, and a deep ring has most of
 /// the weights on their way before the predecessors end.
-pub const NARROW: Pairs = Pairs { warps: 1, depth: 16 };
+pub const NARROW: Pairs = Pairs { warps: 2, depth: 12 };
 /// For more ([`few_qkv_wide()`], [`few_gate_up_wide()`]): the warps of a block share the work of normalising.
 pub const WIDE: Pairs = Pairs { warps: 4, depth: 8 };
 /// Stages of the ring of [`few_residual_1()`] and of [`few_residual_2()`].
@@ -517,7 +517,7 @@ macro_rules! qkv_kernel {
         }
     };
 }
-qkv_kernel!(few_qkv, 32, NARROW);
+qkv_kernel!(few_qkv, 64, NARROW);
 qkv_kernel!(few_qkv_wide, 128, WIDE);
 
 /// What one pair of sums of [`few_qkv()`] meets on its way out.
@@ -600,7 +600,7 @@ macro_rules! gate_up_kernel {
         }
     };
 }
-gate_up_kernel!(few_gate_up, 32, NARROW);
+gate_up_kernel!(few_gate_up, 64, NARROW);
 gate_up_kernel!(few_gate_up_wide, 128, WIDE);
 
 #[inline(always)]

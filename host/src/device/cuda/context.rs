@@ -15,6 +15,8 @@ pub(super) struct Context {
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
+    /// Held while a thread records: one does at a time.
+    recorder: Mutex<()>,
     /// The thread that records, and the stream it records on.
     recording: Mutex<Option<(ThreadId, sys::CUstream)>>,
     is_recording: AtomicBool,
@@ -175,6 +177,7 @@ impl Context {
             device,
             context,
             stream,
+            recorder: Mutex::new(()),
             recording: Mutex::new(None),
             is_recording: AtomicBool::new(false),
             ordinal,
@@ -230,7 +233,12 @@ impl Context {
         self.stream
     }
 
-    /// From now on the calling thread's work goes to `stream`, or again to the device's.
+    /// Keeps other threads from recording while the guard lives.
+    pub(super) fn hold_recorder(&self) -> MutexGuard<'_, ()> {
+        self.recorder.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on, and while it holds the recorder, the calling thread's work goes to `stream`, or again to the device's.
     pub(super) fn record_on(&self, stream: Option<sys::CUstream>) {
         let mut recording = self.recording.lock().unwrap_or_else(PoisonError::into_inner);
         *recording = stream.map(|stream| (std::thread::current().id(), stream));

@@ -30,6 +30,7 @@ impl Graph {
         work: impl FnOnce() -> Result<(), DeviceError>,
     ) -> Result<Option<Self>, DeviceError> {
         context.enter()?;
+        let _recorder = context.hold_recorder();
         let frees = context.frees_so_far();
         let mut stream = std::ptr::null_mut();
         // SAFETY: writes one handle; destroyed below.
