@@ -13,7 +13,9 @@ use criterion::{BenchmarkId, Criterion, Throughput};
 use cuda_std::Element;
 use half::bf16;
 use host::device::{Buffer, CpuOptions, Device, DeviceError, KernelImage, KernelImages, MemoryKind};
-use host::ops::{self, DecodeScratch, HeadShape, PAGE, Pages, Pairing, PrefillTiles, SampleParams, Segment};
+use host::ops::{
+    self, DecodeScratch, HeadShape, PAGE, Pages, PagesMut, Pairing, Places, PrefillTiles, SampleParams, Segment,
+};
 use host::testing::TestRng;
 
 const IMAGES: KernelImages<'static> = KernelImages {
@@ -169,6 +171,14 @@ fn between_layers(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, row
         Box::new(move |device| ops::rms_norm(device, &x.as_slice(), &weight.as_slice(), &mut out.as_slice_mut(), 1e-6));
     rig.bytes("rms_norm", rows, rows * hidden * (4 + 2) + hidden * 2, run);
 
+    let (mut residual, delta) = (inputs.floats(rows * hidden), inputs.same(rows * hidden, 0.0_f32));
+    let (weight, mut out) = (inputs.halves(hidden), inputs.halves(rows * hidden));
+    let run: Run = Box::new(move |device| {
+        let (residual, out) = (&mut residual.as_slice_mut(), &mut out.as_slice_mut());
+        ops::residual_norm(device, residual, &delta.as_slice(), &weight.as_slice(), out, 1e-6)
+    });
+    rig.bytes("residual_norm", rows, rows * hidden * (12 + 2) + hidden * 2, run);
+
     let width = heads.qkv_width();
     let (mut x, bias) = (inputs.floats(rows * width), inputs.same(width, bf16::ZERO));
     let run: Run = Box::new(move |device| ops::bias_add(device, &mut x.as_slice_mut(), &bias.as_slice()));
@@ -245,6 +255,25 @@ fn pages(
     (inputs.halves(elements), inputs.halves(elements), inputs.holding(&tables), inputs.holding(&starts))
 }
 
+/// Rows at `positions`: of a sequence each, or of one where the positions are many tokens of it.
+fn rotary_kv_write(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, heads: HeadShape, positions: &[u32], context: usize) {
+    let (rows, width) = (positions.len(), heads.qkv_width());
+    let one = rows > 1 && positions[0] != positions[1];
+    let (mut keys, mut values, tables, starts) = pages(inputs, heads, if one { 1 } else { rows }, context);
+    let starts = if one { inputs.same(rows, 0_u32) } else { starts };
+    let (mut qkv, bias) = (inputs.floats(rows * width), inputs.same(width, bf16::ZERO));
+    let (positions, angles) = (inputs.holding(positions), inputs.floats(context * heads.width));
+    let run: Run = Box::new(move |device| {
+        let places =
+            Places { positions: positions.as_slice(), row_tables: starts.as_slice(), page_tables: tables.as_slice() };
+        let mut pages = PagesMut { keys: keys.as_slice_mut(), values: values.as_slice_mut() };
+        let qkv = &mut qkv.as_slice_mut();
+        ops::rotary_kv_write(device, qkv, &bias.as_slice(), &angles.as_slice(), places, &mut pages, heads)
+    });
+    let moved = heads.query_width() * (4 + 4) + 2 * heads.kv_heads * heads.width * (4 + 2);
+    rig.bytes("rotary_kv_write", rows, rows * (moved + heads.width * 4), run);
+}
+
 fn attention(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, rows: usize) {
     let Shape { heads, context, .. } = *shape;
     let (kv_width, last) = (heads.kv_heads * heads.width, context as u32 - 1);
@@ -256,6 +285,7 @@ fn attention(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, rows: us
         ops::kv_write(device, &qkv.as_slice(), &positions, &starts, &tables, keys, values, heads)
     });
     rig.bytes("kv_write", rows, rows * 2 * kv_width * (4 + 2), run);
+    rotary_kv_write(rig, inputs, heads, &vec![last; rows], context);
 
     let (keys, values, tables, starts) = pages(inputs, heads, rows, context);
     let (qkv, positions) = (inputs.floats(rows * heads.qkv_width()), inputs.same(rows, last));
@@ -353,6 +383,8 @@ fn prefill(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape) {
     // A product and a sum for each score and for its value; causal, so half of all pairs.
     let flops = 4 * heads.query_width() * (prompt * (prompt + 1) / 2);
     rig.time("attention_prefill", prompt, Throughput::Elements(flops as u64), run);
+
+    rotary_kv_write(rig, inputs, heads, &(0..prompt as u32).collect::<Vec<_>>(), prompt);
 
     let (n, k) = (2 * ffn, hidden);
     let (x, weight) = (inputs.halves(prompt * k), inputs.halves(n * k));

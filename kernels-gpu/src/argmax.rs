@@ -16,6 +16,8 @@ pub fn argmax(logits: In<f32>, ids: Out<u32>, vocab: u32) {
     let scratch = shared_array!(u64, WARPS);
     let row = thread::block_idx_x() as usize;
     let vocab = vocab as usize;
+    thread::allow_successor();
+    thread::wait_for_predecessors();
     let mut best = 0;
     let mut id = thread::thread_idx_x() as usize;
     while id < vocab {

@@ -4,6 +4,8 @@ use cuda_std::prelude::*;
 
 /// x\[t, n\] += bias\[n\], in f32.
 ///
+/// Models launch [`crate::rotary_kv_write`], which gives these bits; this is the definition that tests compare it with.
+///
 /// - `x`: f32 \[T, N\]; `bias`: bf16 \[N\].
 /// - grid (ceil(N / 1024), T); a thread adds 4 consecutive elements.
 /// - bytes: 8 per element.

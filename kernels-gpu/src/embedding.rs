@@ -8,6 +8,10 @@ use cuda_std::prelude::*;
 /// - a block copies one row; a thread 8 consecutive elements at a time.
 /// - bytes: 6 per element of `out`.
 /// - the caller: `width` = C is a multiple of 8; every id is below V (one that is not ends the launch with a fault).
+///
+/// It is the fence between two steps, and therefore neither waits for its predecessors by itself nor lets its successor start
+/// early: it starts when everything before it has ended, and what is behind it starts when it has ended. So the kernels of a
+/// step may read the step's indices, and the pages that earlier steps wrote, before they wait.
 #[kernel(block = 128)]
 pub fn embedding(ids: In<u32>, table: In<bf16>, out: Out<f32>, width: u32) {
     let row = thread::block_idx_x() as usize;

@@ -12,6 +12,8 @@ use cuda_std::prelude::*;
 pub fn gather_rows(x: In<f32>, rows: In<u32>, out: Out<f32>, width: u32) {
     let row = thread::block_idx_x() as usize;
     let width = width as usize;
+    thread::allow_successor();
+    thread::wait_for_predecessors();
     let source = rows.get(row) as usize * width;
     let mut column = thread::thread_idx_x() as usize * 4;
     while column < width {

@@ -12,6 +12,8 @@ pub const PAGE: usize = crate::attention::SPAN;
 /// key_pages\[page, g, t, d\] = key and value_pages\[page, g, d, t\] = value of each row, rounded to bf16, where page and t
 /// follow from the row's position.
 ///
+/// Models launch [`crate::rotary_kv_write`], which gives these bits; this is the definition that tests compare it with.
+///
 /// - `qkv`: f32 \[T, stride\], keys from column `key_column` on, \[G, D\], values after them; `positions`: u32 \[T\];
 ///   `row_tables`: u32 \[T\], where the row's page table starts in `page_tables`; `page_tables`: u32.
 /// - grid (ceil(G D / 128), T); a thread stores one key and one value element.

@@ -8,9 +8,9 @@
 //! | file | kernels |
 //! | --- | --- |
 //! | `embedding` | token ids to the residual stream |
-//! | `rms_norm` | normalisation |
+//! | `rms_norm`, `residual_norm` | normalisation, by itself and of a sum |
 //! | `linear` | linear layers: the tensor-core chain, and a plain one |
-//! | `bias_add`, `rotary`, `kv_write` | between the QKV layer and attention |
+//! | `rotary_kv_write` | between the QKV layer and attention; `bias_add`, `rotary`, `kv_write` define it |
 //! | `attention` | the definition; `attention_prefill` and `attention_decode` meet it |
 //! | `residual_add`, `silu_mul` | around the feed-forward layers |
 //! | `gather_rows` | the rows whose logits are needed |
@@ -40,8 +40,10 @@ pub mod penalties;
 pub mod philox;
 pub mod rank;
 pub mod residual_add;
+pub mod residual_norm;
 pub mod rms_norm;
 pub mod rotary;
+pub mod rotary_kv_write;
 pub mod sample;
 pub mod silu_mul;
 pub mod temperature;
@@ -82,20 +84,26 @@ pub const KERNELS: &[&cuda_std::launch::KernelDesc] = &[
     log_probs::log_probs::KERNEL,
     penalties::penalties::KERNEL,
     residual_add::residual_add::KERNEL,
+    residual_norm::residual_norm::KERNEL,
     rms_norm::rms_norm::KERNEL,
     rotary::rotary::KERNEL,
+    rotary_kv_write::rotary_kv_write::KERNEL,
     sample::sample::KERNEL,
     silu_mul::silu_mul::KERNEL,
     temperature::temperature::KERNEL,
 ];
 
-/// The kernels that a model with heads of `head_width` elements needs: a device that is opened with fewer kernels is ready
-/// sooner.
+/// Kernels that only define what a fused one computes: tests compare with them, no model launches them.
+#[cfg(not(target_arch = "nvptx64"))]
+pub const DEFINITIONS: [&str; 3] = ["bias_add", "kv_write", "rotary"];
+
+/// The kernels that a model with heads of `head_width` elements needs, [`DEFINITIONS`] left out: a device that is opened with
+/// fewer kernels is ready sooner.
 #[cfg(not(target_arch = "nvptx64"))]
 pub fn kernels_for(head_width: usize) -> Vec<&'static cuda_std::launch::KernelDesc> {
     let suits = |name: &str| {
         let width = name.strip_prefix("attention_").and_then(|rest| rest.rsplit('_').next());
-        width.is_none_or(|width| width.parse() == Ok(head_width))
+        width.is_none_or(|width| width.parse() == Ok(head_width)) && !DEFINITIONS.contains(&name)
     };
     KERNELS.iter().copied().filter(|kernel| suits(kernel.name)).collect()
 }

@@ -43,6 +43,8 @@ fn chain(
         columns[n] = clamp(token + n * 8 + g, tokens) * width + t * 2;
     }
 
+    thread::allow_successor();
+    thread::wait_for_predecessors();
     let mut sums = [[0.0f32; 4]; TOKEN_TILES];
     let mut k = 0;
     while k < width {

@@ -11,6 +11,8 @@ use cuda_std::prelude::*;
 #[kernel(block = 256)]
 pub fn residual_add(residual: InOut<f32>, x: In<f32>) {
     let index = thread::index_1d() as usize * 4;
+    thread::allow_successor();
+    thread::wait_for_predecessors();
     if index < residual.len() {
         let [a, b, c, d]: [f32; 4] = residual.load(index);
         let [e, f, g, h]: [f32; 4] = x.load(index);

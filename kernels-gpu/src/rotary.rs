@@ -14,6 +14,8 @@ pub enum Pairing {
 /// Rotates the first `heads` heads of each row in place by the angle of the row's position:
 /// (a, b) becomes (a cos - b sin, b cos + a sin) for each pair.
 ///
+/// Models launch [`crate::rotary_kv_write`], which gives these bits; this is the definition that tests compare it with.
+///
 /// - `x`: f32 \[T, stride\], heads of width D from column 0 on (queries, then keys); `positions`: u32 \[T\];
 ///   `table`: f32 \[positions, D/2, 2\], cosine then sine.
 /// - grid (ceil(heads D/2 / 128), T); a thread rotates one pair.

@@ -19,6 +19,8 @@ pub(crate) fn gated(gate: bf16, up: bf16) -> f32 {
 pub fn silu_mul(x: In<bf16>, out: Out<bf16>, width: u32) {
     let column = thread::index_1d() as usize * 4;
     let width = width as usize;
+    thread::allow_successor();
+    thread::wait_for_predecessors();
     if column < width {
         let row = thread::block_idx_y() as usize;
         let [g0, g1, g2, g3]: [bf16; 4] = x.load(row * 2 * width + column);

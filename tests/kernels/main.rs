@@ -7,7 +7,7 @@
 //! | file | what it tests |
 //! | --- | --- |
 //! | `rows`, `elementwise` | embedding, gathering, normalisation; bias, residual, gate, comparison |
-//! | `positions` | rotary embedding, the pages of the KV cache |
+//! | `positions` | rotary embedding, the pages of the KV cache; both in one kernel |
 //! | `attention` | prefill and decode |
 //! | `linear`, `few` | linear layers; their fused forms |
 //! | `logits`, `sample` | from logits to a token |
@@ -78,12 +78,14 @@ on_every_device! {
     embedding: crate::rows::embedding;
     gather_rows: crate::rows::gather_rows;
     rms_norm: crate::rows::rms_norm;
+    residual_norm: crate::rows::residual_norm;
     bias_add: crate::elementwise::bias_add;
     residual_add: crate::elementwise::residual_add;
     silu_mul: crate::elementwise::silu_mul;
     differing: crate::elementwise::differing;
     rotary: crate::positions::rotary;
     kv_write: crate::positions::kv_write;
+    rotary_kv_write: crate::positions::rotary_kv_write;
     attention_company: crate::attention::company;
     attention_oracle: crate::attention::oracle;
     attention_bits: crate::attention::bits;

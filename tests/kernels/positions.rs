@@ -1,11 +1,11 @@
 //! Rotary embedding, and the pages of the KV cache.
 
 use half::bf16;
-use host::ops::{self, HeadShape, PAGE, Pairing};
+use host::ops::{self, HeadShape, NO_ROW, PAGE, PagesMut, Pairing, Places};
 use host::testing::{TestRng, Tolerance, assert_close};
 
 use crate::compare::assert_same;
-use crate::rig::Rig;
+use crate::rig::{Guarded, Rig};
 
 /// The elements of pair `i` of a head of width `width`.
 fn pair(pairing: Pairing, width: usize, i: usize) -> (usize, usize) {
@@ -174,5 +174,93 @@ pub(crate) fn kv_write(rig: &mut Rig) {
         }
         assert_same(&rig.read("kv_write", &keys), &expected_keys, "keys");
         assert_same(&rig.read("kv_write", &values), &expected_values, "values");
+    }
+}
+
+/// Rows of a step as (sequence, position), by what they put to the stores of values: those of eight tokens at once, and those
+/// of one.
+fn arrangements() -> Vec<Vec<(usize, u32)>> {
+    let run = |sequence: usize, from: u32, count: u32| (from..from + count).map(move |at| (sequence, at));
+    let nobody = (0, NO_ROW);
+    let mut mixed: Vec<_> = vec![(0, 5), (1, 63), nobody, (2, 8)];
+    mixed.extend(run(3, 0, 21).chain(run(4, 61, 40)));
+    mixed.push(nobody);
+    // Eighths whose ends fit, but not what is between them; one of two sequences; one that is short by a row.
+    let mut broken: Vec<_> = run(0, 0, 8).collect();
+    broken.swap(3, 4);
+    broken.extend(run(1, 8, 3).chain(run(2, 11, 5)).chain(run(3, 16, 7)).chain(run(4, 0, 16)).chain(run(1, 16, 8)));
+    broken.swap(20, 21);
+    vec![
+        vec![(0, 70)],
+        vec![(0, 1), nobody, (2, 64)],
+        run(0, 0, 8).collect(),
+        (0..9).map(|row| (row % 5, 17 * row as u32)).collect(),
+        run(0, 56, 80).collect(),
+        mixed,
+        broken,
+        run(1, 3, 150).chain([(0, 191)]).collect(),
+    ]
+}
+
+/// Bit by bit what bias, rotation and the stores to the pages give as operations of their own.
+pub(crate) fn rotary_kv_write(rig: &mut Rig) {
+    const SEQUENCES: usize = 5;
+    const CONTEXT: usize = 3 * PAGE;
+    let full = [(2, 2, 32, true), (4, 1, 64, false), (14, 2, 64, true), (3, 1, 96, true), (8, 4, 128, false)];
+    for &(query_heads, kv_heads, width, biased) in rig.pick(&full[..2], &full) {
+        let heads = HeadShape { query_heads, kv_heads, width };
+        let stride = heads.qkv_width();
+        for rows in rig.pick(&arrangements()[1..7], &arrangements()) {
+            let mut rng = TestRng::new(25);
+            let mut qkv = rng.f32s(rows.len() * stride);
+            // What adding no bias must keep.
+            let last = qkv.len() - 1;
+            qkv[last] = -0.0;
+            let bias = rig.filled(&rng.bf16s(if biased { stride } else { 0 }));
+            let table = rig.filled(&angles(CONTEXT, width));
+            let mut pages: Vec<u32> = (0..(SEQUENCES * 3) as u32).collect();
+            for index in (1..pages.len()).rev() {
+                pages.swap(index, rng.below(index as u64 + 1) as usize);
+            }
+            let positions = rig.filled(&rows.iter().map(|&(_, position)| position).collect::<Vec<_>>());
+            let starts = rig.filled(&rows.iter().map(|&(sequence, _)| sequence as u32 * 3).collect::<Vec<_>>());
+            let tables = rig.filled(&pages);
+            let elements = pages.len() * heads.page_elements();
+            let device = rig.device.clone();
+
+            let mut expected = rig.filled(&qkv);
+            if biased {
+                ops::bias_add(&device, &mut expected.view_mut(), &bias.view()).unwrap();
+            }
+            let (at, angles) = (positions.view(), table.view());
+            ops::rotary(&device, &mut expected.view_mut(), &at, &angles, heads, Pairing::Halves).unwrap();
+            let (mut keys, mut values) = (rig.unwritten::<bf16>(elements), rig.unwritten::<bf16>(elements));
+            let (keys_out, values_out) = (&mut keys.view_mut(), &mut values.view_mut());
+            let from = &expected.view();
+            ops::kv_write(&device, from, &at, &starts.view(), &tables.view(), keys_out, values_out, heads).unwrap();
+
+            let mut out = rig.filled(&qkv);
+            let fresh = || rig.unwritten::<bf16>(elements);
+            let (mut new_keys, mut new_values): (Guarded<bf16>, Guarded<bf16>) = (fresh(), fresh());
+            let places = Places { positions: at, row_tables: starts.view(), page_tables: tables.view() };
+            let mut new_pages = PagesMut { keys: new_keys.view_mut(), values: new_values.view_mut() };
+            ops::rotary_kv_write(&device, &mut out.view_mut(), &bias.view(), &angles, places, &mut new_pages, heads)
+                .unwrap();
+
+            let what = format!("{heads:?}, {rows:?}");
+            // Queries are changed, of rows that are not padding; keys and values stay as they were.
+            let mut kept = qkv;
+            let rotated = rig.download(&expected);
+            for (row, &(_, position)) in rows.iter().enumerate() {
+                if position != NO_ROW {
+                    let queries = row * stride..row * stride + heads.query_width();
+                    kept[queries.clone()].copy_from_slice(&rotated[queries]);
+                }
+            }
+            assert_same(&rig.read("rotary_kv_write", &out), &kept, &what);
+            let (keys, values) = (rig.download(&keys), rig.download(&values));
+            assert_same(&rig.read("rotary_kv_write", &new_keys), &keys, &what);
+            assert_same(&rig.read("rotary_kv_write", &new_values), &values, &what);
+        }
     }
 }

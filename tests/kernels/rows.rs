@@ -39,7 +39,7 @@ pub(crate) fn gather_rows(rig: &mut Rig) {
 }
 
 pub(crate) fn rms_norm(rig: &mut Rig) {
-    let full = [(1, 8), (3, 64), (17, 896), (2, 1024), (5, 1032), (2, 4096), (40, 24)];
+    let full = [(1, 8), (3, 64), (17, 896), (2, 1024), (5, 1032), (2, 2056), (2, 4096), (40, 24)];
     for &(rows, width) in rig.pick(&[(1, 8), (3, 64), (2, 1032)][..], &full) {
         for (magnitude, eps) in [(1.0, 1e-6), (300.0, 1e-5), (1e-4, 1e-6)] {
             let mut rng = TestRng::new(3);
@@ -65,5 +65,30 @@ pub(crate) fn rms_norm(rig: &mut Rig) {
             ops::rms_norm(&rig.device, &last.view(), &weight_buffer.view(), &mut alone.view_mut(), eps).unwrap();
             assert_same(&rig.read("rms_norm", &alone), &result[(rows - 1) * width..], "a row alone");
         }
+    }
+}
+
+/// Bit by bit what the two operations give.
+pub(crate) fn residual_norm(rig: &mut Rig) {
+    let full = [(1, 8), (3, 64), (33, 896), (2, 1024), (5, 1032), (2, 2048), (3, 2056), (2, 4096), (1, 5000)];
+    for &(rows, width) in rig.pick(&[(1, 8), (3, 64), (2, 2056)][..], &full) {
+        let mut rng = TestRng::new(4);
+        let (residual, delta) = (rng.f32s(rows * width), rng.f32s(rows * width));
+        let gain = rig.filled(&rng.bf16s(width));
+        let delta = rig.filled(&delta);
+        let device = rig.device.clone();
+
+        let mut sum = rig.filled(&residual);
+        ops::residual_add(&device, &mut sum.view_mut(), &delta.view()).unwrap();
+        let mut expected = rig.unwritten::<bf16>(rows * width);
+        ops::rms_norm(&device, &sum.view(), &gain.view(), &mut expected.view_mut(), 1e-6).unwrap();
+
+        let mut residual = rig.filled(&residual);
+        let mut out = rig.unwritten::<bf16>(rows * width);
+        let (sums, normed) = (&mut residual.view_mut(), &mut out.view_mut());
+        ops::residual_norm(&device, sums, &delta.view(), &gain.view(), normed, 1e-6).unwrap();
+        let (sum, expected, what) = (rig.download(&sum), rig.download(&expected), format!("{rows} x {width}"));
+        assert_same(&rig.read("residual_norm", &residual), &sum, &what);
+        assert_same(&rig.read("residual_norm", &out), &expected, &what);
     }
 }

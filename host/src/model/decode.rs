@@ -4,10 +4,9 @@
 use std::collections::VecDeque;
 
 use super::KvCache;
-use super::load::Layer;
 use super::transformer::{Model, Step, Workspace};
 use crate::device::{DeviceError, Recording};
-use crate::ops::{self, DecodeScratch, FEW, NO_ROW, Norm, PAGE, PagesMut, Pairing, Places};
+use crate::ops::{self, DecodeScratch, FEW, NO_ROW, Norm, PAGE, PagesMut, Places};
 
 /// What a step leaves behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -176,14 +175,16 @@ impl Model {
         )
     }
 
-    /// The launches of a step of more rows: the separate operations.
+    /// The launches of a step of more rows: linear layers as operations of their own.
     fn decode_many(&self, bucket: Bucket, cache: &mut KvCache, workspace: &mut Workspace) -> Result<(), DeviceError> {
         let (config, heads, device) = (self.config(), self.heads(), self.device());
         let Bucket { rows, spans, .. } = bucket;
         let tokens = workspace.indices.slice(..rows)?;
-        let positions = workspace.indices.slice(rows..2 * rows)?;
-        let row_tables = workspace.indices.slice(2 * rows..3 * rows)?;
-        let page_tables = workspace.indices.slice(3 * rows..)?;
+        let places = Places {
+            positions: workspace.indices.slice(rows..2 * rows)?,
+            row_tables: workspace.indices.slice(2 * rows..3 * rows)?,
+            page_tables: workspace.indices.slice(3 * rows..)?,
+        };
         let mut residual = workspace.residual.slice_mut(..rows * config.hidden)?;
         let mut normed = workspace.normed.slice_mut(..rows * config.hidden)?;
         let mut qkv = workspace.qkv.slice_mut(..rows * heads.qkv_width())?;
@@ -191,36 +192,26 @@ impl Model {
         let mut delta = workspace.delta.slice_mut(..rows * config.hidden)?;
         let mut gate_up = workspace.gate_up.slice_mut(..rows * 2 * config.ffn)?;
         let mut gated = workspace.gated.slice_mut(..rows * config.ffn)?;
+        let mut head_normed = workspace.head_normed.slice_mut(..rows * config.hidden)?;
         let eps = config.rms_norm_eps;
+        let rope_table = self.rope_table.as_slice();
 
         ops::embedding(device, &tokens, &self.parameters.embedding.rows()?.as_slice(), &mut residual, config.hidden)?;
+        if let Some(first) = self.parameters.layers.first() {
+            ops::rms_norm(device, &residual.as_slice(), &first.input_norm.as_slice(), &mut normed, eps)?;
+        }
         for (index, layer) in self.parameters.layers.iter().enumerate() {
-            let Layer { input_norm, qkv: qkv_weight, qkv_bias, output, post_norm, gate_up: gate_up_weight, down } =
-                layer;
-            ops::rms_norm(device, &residual.as_slice(), &input_norm.as_slice(), &mut normed, eps)?;
-            ops::linear(device, &normed.as_slice(), qkv_weight, &mut qkv)?;
-            if let Some(bias) = qkv_bias {
-                ops::bias_add(device, &mut qkv, &bias.as_slice())?;
-            }
-            ops::rotary(device, &mut qkv, &positions, &self.rope_table.as_slice(), heads, Pairing::Halves)?;
+            ops::linear(device, &normed.as_slice(), &layer.qkv, &mut qkv)?;
             let (keys, values) = cache.pages_mut(index);
-            ops::kv_write(
-                device,
-                &qkv.as_slice(),
-                &positions,
-                &row_tables,
-                &page_tables,
-                &mut keys.as_slice_mut(),
-                &mut values.as_slice_mut(),
-                heads,
-            )?;
+            let mut pages = PagesMut { keys: keys.as_slice_mut(), values: values.as_slice_mut() };
+            ops::rotary_kv_write(device, &mut qkv, &layer.bias()?, &rope_table, places, &mut pages, heads)?;
             ops::attention_decode(
                 device,
                 &qkv.as_slice(),
                 cache.pages(index),
-                &positions,
-                &row_tables,
-                &page_tables,
+                &places.positions,
+                &places.row_tables,
+                &places.page_tables,
                 &mut DecodeScratch {
                     partials: workspace.partials.as_slice_mut(),
                     counters: workspace.counters.as_slice_mut(),
@@ -229,18 +220,20 @@ impl Model {
                 heads,
                 spans * PAGE,
             )?;
-            ops::linear(device, &attended.as_slice(), output, &mut delta)?;
-            ops::residual_add(device, &mut residual, &delta.as_slice())?;
-            ops::rms_norm(device, &residual.as_slice(), &post_norm.as_slice(), &mut normed, eps)?;
-            ops::linear(device, &normed.as_slice(), gate_up_weight, &mut gate_up)?;
+            ops::linear(device, &attended.as_slice(), &layer.output, &mut delta)?;
+            let gain = layer.post_norm.as_slice();
+            ops::residual_norm(device, &mut residual, &delta.as_slice(), &gain, &mut normed, eps)?;
+            ops::linear(device, &normed.as_slice(), &layer.gate_up, &mut gate_up)?;
             ops::silu_mul(device, &gate_up.as_slice(), &mut gated, config.ffn)?;
-            ops::linear(device, &gated.as_slice(), down, &mut delta)?;
-            ops::residual_add(device, &mut residual, &delta.as_slice())?;
+            ops::linear(device, &gated.as_slice(), &layer.down, &mut delta)?;
+            let (gain, out) = match self.parameters.layers.get(index + 1) {
+                Some(next) => (&next.input_norm, &mut normed),
+                None => (&self.parameters.final_norm, &mut head_normed),
+            };
+            ops::residual_norm(device, &mut residual, &delta.as_slice(), &gain.as_slice(), out, eps)?;
         }
-        let mut normed = workspace.head_normed.slice_mut(..rows * config.hidden)?;
         let mut logits = workspace.logits.slice_mut(..rows * config.vocab)?;
-        ops::rms_norm(device, &residual.as_slice(), &self.parameters.final_norm.as_slice(), &mut normed, eps)?;
-        ops::linear(device, &normed.as_slice(), self.head(), &mut logits)?;
+        ops::linear(device, &head_normed.as_slice(), self.head(), &mut logits)?;
         if bucket.wanted == Wanted::Tokens {
             ops::argmax(device, &logits.as_slice(), &mut workspace.chosen.slice_mut(..rows)?)?;
         }

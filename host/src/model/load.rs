@@ -4,7 +4,7 @@ use half::bf16;
 use half::slice::HalfBitsSliceExt;
 
 use super::{Checkpoint, ModelConfig, ModelError, Weight as Pieces, architecture};
-use crate::device::{Buffer, Device, DeviceError, MemoryKind, Weight};
+use crate::device::{Buffer, Device, DeviceError, MemoryKind, Slice, Weight};
 
 /// Why a model could not be loaded.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -38,6 +38,13 @@ pub(super) struct Layer {
     pub(super) post_norm: Buffer<bf16>,
     pub(super) gate_up: Weight,
     pub(super) down: Weight,
+}
+
+impl Layer {
+    /// The bias of queries, keys and values; empty where the architecture has none.
+    pub(super) fn bias(&self) -> Result<Slice<'_, bf16>, DeviceError> {
+        self.qkv_bias.as_ref().map_or_else(|| self.input_norm.slice(..0), |bias| Ok(bias.as_slice()))
+    }
 }
 
 /// All weights on a device.

@@ -9,10 +9,10 @@ use std::path::Path;
 use half::bf16;
 
 use super::decode::{Recordings, Wanted};
-use super::load::{self, Layer, LoadError, Parameters};
+use super::load::{self, LoadError, Parameters};
 use super::{Checkpoint, KvCache, ModelConfig};
 use crate::device::{Buffer, Device, DeviceError, MemoryKind, Slice, Weight};
-use crate::ops::{self, DecodeScratch, HeadShape, PAGE, Pairing, PrefillTiles, Segment};
+use crate::ops::{self, DecodeScratch, HeadShape, PAGE, PagesMut, Places, PrefillTiles, Segment};
 
 /// A model on a device.
 #[derive(Debug)]
@@ -271,10 +271,11 @@ impl Model {
         ops::argmax(&self.device, &logits, &mut workspace.chosen.slice_mut(..rows)?)
     }
 
-    /// Any step, operation by operation.
+    /// Any step.
     fn compute(&self, step: &Step<'_>, cache: &mut KvCache, workspace: &mut Workspace) -> Result<(), DeviceError> {
         let (config, heads, device) = (&self.config, self.heads(), &self.device);
-        let (rows, hidden) = (step.tokens.len(), config.hidden);
+        let (rows, hidden, eps) = (step.tokens.len(), config.hidden, config.rms_norm_eps);
+        let rope_table = self.rope_table.as_slice();
 
         let Workspace {
             indices,
@@ -299,10 +300,12 @@ impl Model {
         }
         device.upload(indices.slice_mut(..staging.len())?, staging)?;
         let tokens = indices.slice(..rows)?;
-        let positions = indices.slice(rows..2 * rows)?;
-        let row_tables = indices.slice(2 * rows..3 * rows)?;
         let tables_end = 3 * rows + step.page_tables.len();
-        let page_tables = indices.slice(3 * rows..tables_end)?;
+        let places = Places {
+            positions: indices.slice(rows..2 * rows)?,
+            row_tables: indices.slice(2 * rows..3 * rows)?,
+            page_tables: indices.slice(3 * rows..tables_end)?,
+        };
         let tiles_start = tables_end + step.logits_rows.len();
         let tile_numbers = indices.slice(tiles_start..tiles_start + tiles.numbers.len())?;
 
@@ -317,26 +320,14 @@ impl Model {
 
         let table = self.parameters.embedding.rows()?.as_slice();
         ops::embedding(device, &tokens, &table, &mut residual, hidden)?;
+        if let Some(first) = self.parameters.layers.first() {
+            ops::rms_norm(device, &residual.as_slice(), &first.input_norm.as_slice(), &mut normed, eps)?;
+        }
         for (index, layer) in self.parameters.layers.iter().enumerate() {
-            let Layer { input_norm, qkv: qkv_weight, qkv_bias, output, post_norm, gate_up: gate_up_weight, down } =
-                layer;
-            ops::rms_norm(device, &residual.as_slice(), &input_norm.as_slice(), &mut normed, config.rms_norm_eps)?;
-            ops::linear(device, &normed.as_slice(), qkv_weight, &mut qkv)?;
-            if let Some(bias) = qkv_bias {
-                ops::bias_add(device, &mut qkv, &bias.as_slice())?;
-            }
-            ops::rotary(device, &mut qkv, &positions, &self.rope_table.as_slice(), heads, Pairing::Halves)?;
+            ops::linear(device, &normed.as_slice(), &layer.qkv, &mut qkv)?;
             let (keys, values) = cache.pages_mut(index);
-            ops::kv_write(
-                device,
-                &qkv.as_slice(),
-                &positions,
-                &row_tables,
-                &page_tables,
-                &mut keys.as_slice_mut(),
-                &mut values.as_slice_mut(),
-                heads,
-            )?;
+            let mut pages = PagesMut { keys: keys.as_slice_mut(), values: values.as_slice_mut() };
+            ops::rotary_kv_write(device, &mut qkv, &layer.bias()?, &rope_table, places, &mut pages, heads)?;
             let pages = cache.pages(index);
             for Group { rows, longest } in &groups {
                 let queries = rows.start * heads.qkv_width()..rows.end * heads.qkv_width();
@@ -344,9 +335,9 @@ impl Model {
                     device,
                     &qkv.as_slice().slice(queries)?,
                     pages,
-                    &positions.slice(rows.clone())?,
-                    &row_tables.slice(rows.clone())?,
-                    &page_tables,
+                    &places.positions.slice(rows.clone())?,
+                    &places.row_tables.slice(rows.clone())?,
+                    &places.page_tables,
                     &mut DecodeScratch { partials: partials.as_slice_mut(), counters: counters.as_slice_mut() },
                     &mut attended.slice_mut(rows.start * heads.query_width()..rows.end * heads.query_width())?,
                     heads,
@@ -358,20 +349,26 @@ impl Model {
                     device,
                     &qkv.as_slice(),
                     pages,
-                    &page_tables,
+                    &places.page_tables,
                     &tiles,
                     &tile_numbers,
                     &mut attended,
                     heads,
                 )?;
             }
-            ops::linear(device, &attended.as_slice(), output, &mut delta)?;
-            ops::residual_add(device, &mut residual, &delta.as_slice())?;
-            ops::rms_norm(device, &residual.as_slice(), &post_norm.as_slice(), &mut normed, config.rms_norm_eps)?;
-            ops::linear(device, &normed.as_slice(), gate_up_weight, &mut gate_up)?;
+            ops::linear(device, &attended.as_slice(), &layer.output, &mut delta)?;
+            let gain = layer.post_norm.as_slice();
+            ops::residual_norm(device, &mut residual, &delta.as_slice(), &gain, &mut normed, eps)?;
+            ops::linear(device, &normed.as_slice(), &layer.gate_up, &mut gate_up)?;
             ops::silu_mul(device, &gate_up.as_slice(), &mut gated, config.ffn)?;
-            ops::linear(device, &gated.as_slice(), down, &mut delta)?;
-            ops::residual_add(device, &mut residual, &delta.as_slice())?;
+            ops::linear(device, &gated.as_slice(), &layer.down, &mut delta)?;
+            if let Some(next) = self.parameters.layers.get(index + 1) {
+                let gain = next.input_norm.as_slice();
+                ops::residual_norm(device, &mut residual, &delta.as_slice(), &gain, &mut normed, eps)?;
+            } else {
+                // Only the rows with logits are normalised after the last layer.
+                ops::residual_add(device, &mut residual, &delta.as_slice())?;
+            }
         }
 
         let wanted = step.logits_rows.len();
@@ -382,7 +379,7 @@ impl Model {
             let mut logits = workspace.logits.slice_mut(..wanted * config.vocab)?;
             ops::gather_rows(device, &residual.as_slice(), &chosen, &mut rows, hidden)?;
             let final_norm = self.parameters.final_norm.as_slice();
-            ops::rms_norm(device, &rows.as_slice(), &final_norm, &mut normed, config.rms_norm_eps)?;
+            ops::rms_norm(device, &rows.as_slice(), &final_norm, &mut normed, eps)?;
             ops::linear(device, &normed.as_slice(), self.head(), &mut logits)?;
         }
         Ok(())

@@ -6,8 +6,9 @@ use kernels_gpu::attention::SPAN;
 use kernels_gpu::attention_decode as decode;
 pub use kernels_gpu::attention_decode::NO_ROW;
 use kernels_gpu::attention_prefill as prefill;
+use kernels_gpu::rotary_kv_write as fused;
 
-use super::{PAGE, Pairing, blocks, expect, size};
+use super::{PAGE, Pairing, Places, blocks, expect, size};
 use crate::device::{Device, DeviceError, Slice, SliceMut};
 
 /// The heads of an attention layer.
@@ -141,6 +142,61 @@ pub fn kv_write(
             size("kv_write", heads.query_width())?,
             size("kv_write", heads.kv_heads)?,
             size("kv_write", heads.width)?,
+        ),
+        grid,
+    )
+}
+
+/// Everything between the QKV layer and attention: adds `bias` \[(H + 2 G) D\] (or none, where it is empty) to each row of
+/// `qkv` \[T, (H + 2 G) D\], rotates queries and keys by their positions' angles (pairs i and i + D/2), leaves the queries
+/// where they are and stores keys and values in the pages. A row at position [`NO_ROW`] is padding: nothing of it is stored.
+///
+/// # Errors
+/// A shape that does not fit, or the launch's error. A page beyond the cache or a position beyond the table stops the device.
+pub fn rotary_kv_write(
+    device: &Device,
+    qkv: &mut SliceMut<'_, f32>,
+    bias: &Slice<'_, bf16>,
+    table: &Slice<'_, f32>,
+    places: Places<'_>,
+    pages: &mut PagesMut<'_>,
+    heads: HeadShape,
+) -> Result<(), DeviceError> {
+    const NAME: &str = "rotary_kv_write";
+    heads.check(NAME)?;
+    let (rows, stride) = (places.positions.len(), heads.qkv_width());
+    let shaped = rows > 0
+        && places.row_tables.len() == rows
+        && qkv.len() == rows * stride
+        && (bias.is_empty() || bias.len() == stride)
+        && pages.keys.len() == pages.values.len();
+    expect(shaped, NAME, || {
+        format!(
+            "qkv [{rows}, {stride}] of {}, bias {}, row tables {}, pages {} and {}",
+            qkv.len(),
+            bias.len(),
+            places.row_tables.len(),
+            pages.keys.len(),
+            pages.values.len()
+        )
+    })?;
+    let rotated = rows * (heads.query_heads + heads.kv_heads) * heads.width;
+    size(NAME, rotated)?;
+    let columns = rows.div_ceil(fused::GROUP) * heads.kv_heads * heads.width;
+    let grid = Grid::new_1d(blocks(NAME, rotated / 8, fused::THREADS)? + blocks(NAME, columns, fused::THREADS)?);
+    device.launch(
+        fused::rotary_kv_write::launch(
+            qkv,
+            bias,
+            table,
+            &places.positions,
+            &places.row_tables,
+            &places.page_tables,
+            &mut pages.keys,
+            &mut pages.values,
+            size(NAME, heads.query_heads)?,
+            size(NAME, heads.kv_heads)?,
+            size(NAME, heads.width)?,
         ),
         grid,
     )

@@ -14,7 +14,7 @@ mod sampling;
 
 pub use attention::{
     DecodeScratch, HeadShape, NO_ROW, Pages, PagesMut, PrefillTiles, Segment, attention_decode, attention_prefill,
-    counters_len, kv_write, partials_len, rotary,
+    counters_len, kv_write, partials_len, rotary, rotary_kv_write,
 };
 pub use differing::{Comparable, differing};
 pub use elementwise::{bias_add, residual_add, silu_mul};
@@ -22,7 +22,7 @@ pub use few::{FEW, Norm, Places, best_len, few_fits, few_gate_up, few_logits, fe
 pub use kernels_gpu::kv_write::PAGE;
 pub use kernels_gpu::rotary::Pairing;
 pub use linear::{LinearTarget, linear, linear_kernel, linear_plain};
-pub use rows::{embedding, gather_rows, rms_norm};
+pub use rows::{embedding, gather_rows, residual_norm, rms_norm};
 pub use sampling::{LogProbs, SampleParams, argmax, log_probs, penalties, sample, temperature};
 
 use crate::device::DeviceError;

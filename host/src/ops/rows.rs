@@ -1,4 +1,4 @@
-//! Operations on whole rows: embedding, gathering, normalisation.
+//! Operations on whole rows: embedding, gathering, normalisation by itself and of a sum.
 
 use cuda_std::launch::Grid;
 use half::bf16;
@@ -66,4 +66,26 @@ pub fn rms_norm(
     let eps = eps + 1e-6 * rows as f32;
     let grid = Grid::new_1d(rows);
     device.launch(kernels_gpu::rms_norm::rms_norm::launch(x, weight, out, size("rms_norm", width)?, eps), grid)
+}
+
+/// Adds `delta` \[T, C\] to `residual` \[T, C\], and normalises what comes of it, as [`rms_norm`] does, into `out` \[T, C\].
+///
+/// # Errors
+/// A shape that does not fit, an `eps` that is not positive, or the launch's error.
+pub fn residual_norm(
+    device: &Device,
+    residual: &mut SliceMut<'_, f32>,
+    delta: &Slice<'_, f32>,
+    weight: &Slice<'_, bf16>,
+    out: &mut SliceMut<'_, bf16>,
+    eps: f32,
+) -> Result<(), DeviceError> {
+    let (width, len) = (weight.len(), residual.len());
+    let shaped = width > 0 && width.is_multiple_of(8) && len > 0 && len.is_multiple_of(width);
+    expect(shaped && delta.len() == len && out.len() == len && eps > 0.0, "residual_norm", || {
+        format!("residual [T, {width}] of {len}, delta of {}, out of {}, eps {eps} > 0", delta.len(), out.len())
+    })?;
+    let grid = Grid::new_1d(size("residual_norm", len / width)?);
+    let width = size("residual_norm", width)?;
+    device.launch(kernels_gpu::residual_norm::residual_norm::launch(residual, delta, weight, out, width, eps), grid)
 }
