@@ -7,7 +7,8 @@ use cuda_std::prelude::*;
 /// - `ids`: u32 \[T\]; `table`: bf16 \[V, C\]; `out`: f32 \[T, C\], the start of the residual stream (exact, no rounding).
 /// - a block copies one row; a thread 8 consecutive elements at a time.
 /// - bytes: 6 per element of `out`.
-/// - the caller: `width` = C is a multiple of 8; every id is below V (one that is not ends the launch with a fault).
+/// - the caller: `width` = C is a multiple of 8; every id is below V (one that is not ends the launch with a fault), or
+///   `u32::MAX`, of which the row is zeros: a step that is computed ahead may stand behind a row that chose nothing.
 ///
 /// It is the fence between two steps, and therefore neither waits for its predecessors by itself nor lets its successor start
 /// early: it starts when everything before it has ended, and what is behind it starts when it has ended. So the kernels of a
@@ -16,7 +17,16 @@ use cuda_std::prelude::*;
 pub fn embedding(ids: In<u32>, table: In<bf16>, out: Out<f32>, width: u32) {
     let row = thread::block_idx_x() as usize;
     let width = width as usize;
-    let source = ids.get(row) as usize * width;
+    let id = ids.get(row);
+    if id == u32::MAX {
+        let mut column = thread::thread_idx_x() as usize * 4;
+        while column < width {
+            out.store(row * width + column, [0.0f32; 4]);
+            column += 128 * 4;
+        }
+        return;
+    }
+    let source = id as usize * width;
     let mut column = thread::thread_idx_x() as usize * 8;
     while column < width {
         let values: [bf16; 8] = table.load(source + column);

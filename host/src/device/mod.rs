@@ -9,6 +9,7 @@
 //! | `buffer` | owned typed memory, and views of it |
 //! | `tracker` | who uses how much memory |
 //! | `linear` | the types of linear layers and their numeric contract |
+//! | `pending` | small downloads that are collected later |
 //! | `recording` | launches that are started again as a whole |
 //! | `stopwatch` | how long the device takes |
 //! | `ptx` | kernel images: choosing one, checking its parameters |
@@ -26,6 +27,7 @@ pub use buffer::{Buffer, Slice, SliceMut};
 pub use cpu::CpuOptions;
 pub use error::{DeviceError, ErrorCode};
 pub use linear::{LinearBackend, LinearOutput, OutputType, Weight, contract};
+pub use pending::Pending;
 pub use ptx::{KernelImage, KernelImages};
 pub use recording::Recording;
 pub use stopwatch::Stopwatch;
@@ -36,6 +38,7 @@ mod cpu;
 mod cuda;
 mod error;
 mod linear;
+mod pending;
 mod ptx;
 mod recording;
 mod stopwatch;

@@ -46,7 +46,8 @@ impl Batch {
             let table_start = self.page_tables.len();
             let table_len = scheduler.limits().pages_for(end);
             self.page_tables.extend_from_slice(&sequence.pages[..table_len]);
-            self.tokens.extend_from_slice(&sequence.tokens[segment.first..end]);
+            // A token that is not known yet is on the device.
+            self.tokens.extend((segment.first..end).map(|place| sequence.tokens.get(place).copied().unwrap_or(0)));
             self.positions.extend(segment.first as u32..end as u32);
             self.row_tables.resize(first_row + segment.rows, table_start as u32);
             if segment.rows == 1 {

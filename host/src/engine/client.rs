@@ -48,6 +48,11 @@ impl Client {
         SampleRow { sampling, counts: &self.counts, banned, position, logprobs: *logprobs }
     }
 
+    /// Whether the answer goes on behind the next token, unless it is one that ends it.
+    pub(super) fn goes_on(&self) -> bool {
+        self.generated_tokens + 1 < self.request.max_tokens
+    }
+
     /// Tells of the token chosen at `position`. The token if the answer goes on, none if it has ended.
     pub(super) fn deliver(&mut self, sampled: Sampled, position: u32, cached_tokens: usize) -> Option<u32> {
         if !self.prompt.is_empty() {

@@ -12,44 +12,53 @@ pub struct StepTimes {
     /// Nanoseconds by the clock, from the end of one step to the end of the next; from its start for the first step
     /// after a pause, so that an idle engine adds nothing. 0 unless the engine takes times.
     pub wall_ns: u64,
-    /// Of these, nanoseconds from a step's first work on the device to its chosen tokens. What is missing to `wall_ns`
+    /// Of these, nanoseconds from a step's first work on the device to its last. What is missing to `wall_ns`
     /// is time in which the device waits for the host. 0 unless the engine takes times.
     pub device_ns: u64,
 }
 
-/// Counts steps and, where asked to, times them.
+/// A step that was given to the device and is not over yet.
+#[derive(Debug)]
+pub(super) struct Running {
+    watch: usize,
+}
+
+/// Counts steps and, where asked to, times them. Two may be on the device at once.
 pub(super) struct StepClock {
     times: StepTimes,
-    stopwatch: Option<Stopwatch>,
-    /// The stopwatch holds a step that is not counted yet. It is read when the next one starts, so that nobody waits
-    /// for it.
-    unread: bool,
+    watches: Vec<Stopwatch>,
+    started: usize,
     /// When the last step ended, or this one started after a pause.
     since: Option<Instant>,
 }
 
 impl StepClock {
     pub(super) fn new(device: &Device, takes_times: bool) -> Result<Self, DeviceError> {
-        let stopwatch = takes_times.then(|| device.stopwatch()).transpose()?;
-        Ok(Self { times: StepTimes::default(), stopwatch, unread: false, since: None })
+        let watches = (0..if takes_times { 2 } else { 0 }).map(|_| device.stopwatch()).collect::<Result<_, _>>()?;
+        Ok(Self { times: StepTimes::default(), watches, started: 0, since: None })
     }
 
     /// The device gets its first work of a step.
-    pub(super) fn start(&mut self) -> Result<(), DeviceError> {
-        self.read()?;
-        if let Some(stopwatch) = &mut self.stopwatch {
+    pub(super) fn start(&mut self) -> Result<Running, DeviceError> {
+        let watch = self.started % 2;
+        self.started += 1;
+        if let Some(stopwatch) = self.watches.get_mut(watch) {
             self.since.get_or_insert_with(Instant::now);
             stopwatch.start()?;
         }
-        Ok(())
+        Ok(Running { watch })
     }
 
-    /// The device has had its last work of the step.
-    pub(super) fn stop(&mut self) -> Result<(), DeviceError> {
+    /// The device has been given its last work of the step.
+    pub(super) fn given(&mut self, running: &Running) -> Result<(), DeviceError> {
+        self.watches.get_mut(running.watch).map_or(Ok(()), Stopwatch::stop)
+    }
+
+    /// The step's tokens are here.
+    pub(super) fn stop(&mut self, running: Running) -> Result<(), DeviceError> {
         self.times.steps += 1;
-        if let (Some(stopwatch), Some(since)) = (&mut self.stopwatch, &mut self.since) {
-            stopwatch.stop()?;
-            self.unread = true;
+        if let (Some(stopwatch), Some(since)) = (self.watches.get(running.watch), &mut self.since) {
+            self.times.device_ns += stopwatch.elapsed()?.as_nanos() as u64;
             let now = Instant::now();
             self.times.wall_ns += (now - *since).as_nanos() as u64;
             *since = now;
@@ -59,20 +68,11 @@ impl StepClock {
 
     /// There is nothing to do.
     pub(super) fn pause(&mut self) {
-        // A device that has failed says so elsewhere.
-        let _ = self.read();
         self.since = None;
     }
 
     pub(super) fn times(&self) -> StepTimes {
         self.times
-    }
-
-    fn read(&mut self) -> Result<(), DeviceError> {
-        if let (Some(stopwatch), true) = (&self.stopwatch, std::mem::take(&mut self.unread)) {
-            self.times.device_ns += stopwatch.elapsed()?.as_nanos() as u64;
-        }
-        Ok(())
     }
 }
 
@@ -101,9 +101,10 @@ mod tests {
                 if step > 0 {
                     std::thread::sleep(host);
                 }
-                clock.start().unwrap();
+                let running = clock.start().unwrap();
                 std::thread::sleep(work);
-                clock.stop().unwrap();
+                clock.given(&running).unwrap();
+                clock.stop(running).unwrap();
             }
             clock.pause();
             std::thread::sleep(pause);
@@ -119,8 +120,9 @@ mod tests {
     #[test]
     fn without_times_steps_are_still_counted() {
         let mut clock = clock(false);
-        clock.start().unwrap();
-        clock.stop().unwrap();
+        let running = clock.start().unwrap();
+        clock.given(&running).unwrap();
+        clock.stop(running).unwrap();
         clock.pause();
         assert_eq!(clock.times(), StepTimes { steps: 1, wall_ns: 0, device_ns: 0 });
     }

@@ -35,6 +35,8 @@ pub struct Trial {
     /// Before each step every intermediate value of the workspace, and every page that a sequence begins, is overwritten
     /// with NaN. Costs an upload of the whole workspace per step.
     pub poison: bool,
+    /// Steps are given to the device ahead of their turn on a CPU too, which works while the engine waits: it only delays.
+    pub ahead_anywhere: bool,
 }
 
 /// A full queue at 4096 tokens a request.

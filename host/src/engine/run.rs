@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 
 use super::batch::Batch;
 use super::client::Client;
-use super::clock::StepClock;
+use super::clock::{Running, StepClock};
 use super::handle::{Handle, Progress, Shared, Submission, Waiting, lock};
 use super::prompt_scores;
 use super::sampler::{SampleRow, Sampled, Sampler};
 use super::scheduler::{NeverFits, Plan, Scheduler, SchedulerLimits};
 use super::sequence::SequenceId;
 use super::{EngineError, EngineOptions};
-use crate::device::DeviceError;
+use crate::device::{DeviceError, Pending};
 use crate::model::{KvCache, Model, StepLimits, Workspace};
 use crate::ops::PAGE;
 
@@ -69,6 +69,7 @@ pub fn spawn(model: Arc<Model>, options: EngineOptions) -> Result<(Handle, JoinH
         scheduler.pool.shuffle_free(seed);
     }
     let clock = StepClock::new(&shared.device, options.time_steps)?;
+    let model_is_on_gpu = shared.device.is_cuda();
     let mut worker = Worker {
         model,
         cache,
@@ -78,10 +79,12 @@ pub fn spawn(model: Arc<Model>, options: EngineOptions) -> Result<(Handle, JoinH
         clients: BTreeMap::new(),
         batch: Batch::default(),
         clock,
+        flight: None,
         counted: Waiting::default(),
         recount_due: false,
         residency_check: options.residency_check,
         poison: options.trial.poison,
+        goes_ahead: model_is_on_gpu || options.trial.ahead_anywhere,
         shared: shared.clone(),
     };
     worker.publish();
@@ -107,6 +110,24 @@ impl Drop for LastWord {
     }
 }
 
+/// A sequence whose next token a step chooses, the token's position, and how many of its prompt's tokens were cached.
+type Chosen = (SequenceId, u32, usize);
+
+/// The tokens that a step chose.
+enum Choice {
+    Sampled(Vec<Sampled>),
+    /// On their way from the device.
+    Coming(Pending<u32>),
+}
+
+/// A step that the device has.
+struct Flight {
+    plan: Plan,
+    chosen: Vec<Chosen>,
+    sampled: Choice,
+    running: Running,
+}
+
 struct Worker {
     model: Arc<Model>,
     cache: KvCache,
@@ -117,12 +138,16 @@ struct Worker {
     clients: BTreeMap<SequenceId, Client>,
     batch: Batch,
     clock: StepClock,
+    /// A step that was given to the device ahead of its turn; committed.
+    flight: Option<Flight>,
     /// How many of `Shared::waiting` are the scheduler's; the others are in the channel.
     counted: Waiting,
     /// Something was computed since the last recount.
     recount_due: bool,
     residency_check: Duration,
     /// See [`Trial`](super::Trial).
+    /// The device works while the host does something else.
+    goes_ahead: bool,
     poison: bool,
     shared: Arc<Shared>,
 }
@@ -144,6 +169,8 @@ impl Worker {
                 self.fail(&error);
             }
             if self.scheduler.is_idle() {
+                // What the device still computes ahead is nobody's.
+                self.flight = None;
                 self.clock.pause();
             }
             self.publish();
@@ -214,13 +241,43 @@ impl Worker {
         });
     }
 
-    /// Computes a step and tells everybody whose next token it chose.
+    /// Computes a step and tells everybody whose next token it chose. Where the step behind it follows whatever is chosen,
+    /// the device gets that one before this one's tokens are read.
     fn step(&mut self) -> Result<(), DeviceError> {
         self.recount_due = true;
+        let flight = match self.flight.take() {
+            Some(flight) => Some(flight),
+            None => self.launch()?,
+        };
+        let Some(flight) = flight else { return Ok(()) };
+        let ahead = self.launch_ahead(&flight)?;
+        let sampled = match flight.sampled {
+            Choice::Sampled(sampled) => sampled,
+            Choice::Coming(ids) => self.shared.device.collect(ids)?.into_iter().map(Sampled::from).collect(),
+        };
+        self.clock.stop(flight.running)?;
+        for ((id, position, cached_tokens), sampled) in flight.chosen.into_iter().zip(sampled) {
+            let Some(client) = self.clients.get_mut(&id) else { continue };
+            if let Some(token) = client.deliver(sampled, position, cached_tokens) {
+                self.scheduler.push(id, token);
+            } else {
+                self.clients.remove(&id);
+                self.scheduler.remove(id);
+            }
+        }
+        if let Some(ahead) = &ahead {
+            self.scheduler.commit(&ahead.plan);
+        }
+        self.flight = ahead;
+        Ok(())
+    }
+
+    /// Gives the device the next step, and commits it. `None` where there is nothing to compute.
+    fn launch(&mut self) -> Result<Option<Flight>, DeviceError> {
         let plan = self.scheduler.plan();
         self.publish();
         if plan.segments.is_empty() {
-            return Ok(());
+            return Ok(None);
         }
         if self.poison {
             self.poison(&plan)?;
@@ -233,7 +290,7 @@ impl Worker {
                 .iter()
                 .filter(|segment| segment.wants_token)
                 .all(|segment| self.clients.get(&segment.id).is_some_and(|client| client.sample_row(0).is_plain()));
-        self.clock.start()?;
+        let running = self.clock.start()?;
         if plain {
             self.model.forward_greedy(&self.batch.step(), &mut self.cache, &mut self.workspace)?;
         } else {
@@ -242,7 +299,7 @@ impl Worker {
         self.scheduler.commit(&plan);
         self.score_prompts()?;
 
-        let mut chosen: Vec<(SequenceId, u32, usize)> = Vec::with_capacity(plan.segments.len());
+        let mut chosen: Vec<Chosen> = Vec::with_capacity(plan.segments.len());
         let mut rows: Vec<SampleRow<'_>> = Vec::with_capacity(plan.segments.len());
         for segment in plan.segments.iter().filter(|segment| segment.wants_token) {
             if let (Some(sequence), Some(client)) = (self.scheduler.sequence(segment.id), self.clients.get(&segment.id))
@@ -252,25 +309,34 @@ impl Worker {
                 rows.push(client.sample_row(position));
             }
         }
-        let sampled: Vec<Sampled> = if rows.is_empty() {
-            Vec::new()
+        let sampled = if rows.is_empty() {
+            Choice::Sampled(Vec::new())
         } else if plain {
-            let ids = self.model.device().download(self.workspace.chosen(rows.len())?)?;
-            ids.into_iter().map(Sampled::from).collect()
+            Choice::Coming(self.shared.device.begin_download(self.workspace.chosen(rows.len())?)?)
         } else {
-            self.sampler.sample(&self.workspace.logits(rows.len())?, &rows)?
+            Choice::Sampled(self.sampler.sample(&self.workspace.logits(rows.len())?, &rows)?)
         };
-        self.clock.stop()?;
-        for ((id, position, cached_tokens), sampled) in chosen.into_iter().zip(sampled) {
-            let Some(client) = self.clients.get_mut(&id) else { continue };
-            if let Some(token) = client.deliver(sampled, position, cached_tokens) {
-                self.scheduler.push(id, token);
-            } else {
-                self.clients.remove(&id);
-                self.scheduler.remove(id);
-            }
-        }
-        Ok(())
+        self.clock.given(&running)?;
+        Ok(Some(Flight { plan, chosen, sampled, running }))
+    }
+
+    /// Gives the device the step behind `flight`, if it is certain which one that is: the same sequences, each with the token
+    /// that the device has chosen for it. A sequence that turns out to have ended is computed for nothing; its row is dropped.
+    /// To be committed when the tokens are known.
+    fn launch_ahead(&mut self, flight: &Flight) -> Result<Option<Flight>, DeviceError> {
+        let follows = matches!(flight.sampled, Choice::Coming(_))
+            && self.goes_ahead
+            && !self.poison
+            && flight.chosen.len() == flight.plan.segments.len()
+            && flight.chosen.iter().all(|(id, ..)| self.clients.get(id).is_some_and(Client::goes_on));
+        let Some(plan) = follows.then(|| self.scheduler.plan_ahead(&flight.plan)).flatten() else { return Ok(None) };
+        self.batch.fill(&plan, &self.scheduler);
+        let running = self.clock.start()?;
+        self.model.forward_greedy_ahead(&self.batch.step(), &mut self.cache, &mut self.workspace)?;
+        let ids = self.shared.device.begin_download(self.workspace.chosen(plan.segments.len())?)?;
+        self.clock.given(&running)?;
+        let chosen = flight.chosen.iter().map(|&(id, position, cached)| (id, position + 1, cached)).collect();
+        Ok(Some(Flight { plan, chosen, sampled: Choice::Coming(ids), running }))
     }
 
     /// Overwrites what the step must not read: intermediate values, and the pages that its sequences begin.
@@ -303,6 +369,7 @@ impl Worker {
         for (_, mut client) in std::mem::take(&mut self.clients) {
             client.fail(EngineError::Device(error.to_string()));
         }
+        self.flight = None;
         self.scheduler = Scheduler::new(*self.scheduler.limits());
     }
 

@@ -197,6 +197,30 @@ impl Scheduler {
         plan
     }
 
+    /// The step behind `plan`, which is committed and whose tokens are not known yet: one more token of each of its sequences.
+    /// Only where nothing else is to be done, and where every sequence has, or gets without anybody giving up pages, a page
+    /// for it. The pages stay theirs if the step is not computed.
+    pub(super) fn plan_ahead(&mut self, plan: &Plan) -> Option<Plan> {
+        let decodes = plan.segments.iter().all(|segment| segment.rows == 1 && segment.wants_token);
+        if !decodes || !self.waiting.is_empty() || plan.segments.len() != self.running.len() {
+            return None;
+        }
+        let mut ahead = Plan::default();
+        for segment in &plan.segments {
+            let index = self.place(segment.id)?;
+            let first = self.running[index].computed;
+            if first != self.running[index].tokens.len() {
+                return None;
+            }
+            while self.running[index].pages.len() < self.limits.pages_for(first + 1) {
+                let page = self.pool.allocate()?;
+                self.running[index].pages.push(page);
+            }
+            ahead.segments.push(Segment { id: segment.id, first, rows: 1, wants_token: true });
+        }
+        Some(ahead)
+    }
+
     /// The generating sequences whose turn it is, oldest first.
     fn choose_decodes(&mut self, most: usize) -> Vec<SequenceId> {
         let ready: Vec<SequenceId> = self.running.iter().filter(|s| s.is_decoding()).map(|s| s.id).collect();

@@ -17,6 +17,15 @@ pub(super) enum Wanted {
     Tokens,
 }
 
+/// Where a step's tokens come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Tokens {
+    /// From the step.
+    Given,
+    /// They are what the step before chose, row by row; the host need not know them yet.
+    Chosen,
+}
+
 /// What a recording is of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Bucket {
@@ -84,6 +93,7 @@ impl Model {
         cache: &mut KvCache,
         workspace: &mut Workspace,
         wanted: Wanted,
+        tokens: Tokens,
     ) -> Result<bool, DeviceError> {
         let Some(bucket) = self.bucket(step, cache, workspace, wanted) else { return Ok(false) };
         let padding = bucket.rows - step.tokens.len();
@@ -95,6 +105,7 @@ impl Model {
         }
         staging.extend_from_slice(step.page_tables);
         self.device().upload(workspace.indices.slice_mut(..staging.len())?, staging)?;
+        workspace.take_tokens(self.device(), tokens, step.tokens.len())?;
 
         let mut recording = workspace.recordings.take(bucket);
         let outcome = self.device().replay(&mut recording, &mut || {

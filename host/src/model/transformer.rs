@@ -8,7 +8,7 @@ use std::path::Path;
 
 use half::bf16;
 
-use super::decode::{Recordings, Wanted};
+use super::decode::{Recordings, Tokens, Wanted};
 use super::load::{self, LoadError, Parameters};
 use super::{Checkpoint, KvCache, ModelConfig};
 use crate::device::{Buffer, Device, DeviceError, MemoryKind, Slice, Weight};
@@ -241,10 +241,10 @@ impl Model {
     /// A step beyond the workspace's limits or the vocabulary, or the device's error.
     pub fn forward(&self, step: &Step<'_>, cache: &mut KvCache, workspace: &mut Workspace) -> Result<(), DeviceError> {
         self.check(step, cache, workspace)?;
-        if self.decode(step, cache, workspace, Wanted::Logits)? {
+        if self.decode(step, cache, workspace, Wanted::Logits, Tokens::Given)? {
             return Ok(());
         }
-        self.compute(step, cache, workspace)
+        self.compute(step, cache, workspace, Tokens::Given)
     }
 
     /// As [`Self::forward`], but leaves the likeliest token of each of the rows in [`Workspace::chosen`]: the first of the
@@ -258,11 +258,35 @@ impl Model {
         cache: &mut KvCache,
         workspace: &mut Workspace,
     ) -> Result<(), DeviceError> {
+        self.greedy(step, cache, workspace, Tokens::Given)
+    }
+
+    /// As [`Self::forward_greedy`], for a step whose tokens are those that the call before has chosen, row by row, whatever
+    /// `step.tokens` says: so it can be given to the device before the host knows them.
+    ///
+    /// # Errors
+    /// As for `forward`.
+    pub fn forward_greedy_ahead(
+        &self,
+        step: &Step<'_>,
+        cache: &mut KvCache,
+        workspace: &mut Workspace,
+    ) -> Result<(), DeviceError> {
+        self.greedy(step, cache, workspace, Tokens::Chosen)
+    }
+
+    fn greedy(
+        &self,
+        step: &Step<'_>,
+        cache: &mut KvCache,
+        workspace: &mut Workspace,
+        tokens: Tokens,
+    ) -> Result<(), DeviceError> {
         self.check(step, cache, workspace)?;
-        if self.decode(step, cache, workspace, Wanted::Tokens)? {
+        if self.decode(step, cache, workspace, Wanted::Tokens, tokens)? {
             return Ok(());
         }
-        self.compute(step, cache, workspace)?;
+        self.compute(step, cache, workspace, tokens)?;
         let rows = step.logits_rows.len();
         if rows == 0 {
             return Ok(());
@@ -272,33 +296,28 @@ impl Model {
     }
 
     /// Any step.
-    fn compute(&self, step: &Step<'_>, cache: &mut KvCache, workspace: &mut Workspace) -> Result<(), DeviceError> {
+    fn compute(
+        &self,
+        step: &Step<'_>,
+        cache: &mut KvCache,
+        workspace: &mut Workspace,
+        tokens: Tokens,
+    ) -> Result<(), DeviceError> {
         let (config, heads, device) = (&self.config, self.heads(), &self.device);
         let (rows, hidden, eps) = (step.tokens.len(), config.hidden, config.rms_norm_eps);
         let rope_table = self.rope_table.as_slice();
 
-        let Workspace {
-            indices,
-            staging,
-            residual,
-            normed,
-            qkv,
-            partials,
-            counters,
-            attended,
-            delta,
-            gate_up,
-            gated,
-            ..
-        } = workspace;
         let tiles = PrefillTiles::new(device, step.prefills.iter().map(Prefill::segment), heads)?;
-        staging.clear();
+        workspace.staging.clear();
         for part in
             [step.tokens, step.positions, step.row_tables, step.page_tables, step.logits_rows, &tiles.numbers[..]]
         {
-            staging.extend_from_slice(part);
+            workspace.staging.extend_from_slice(part);
         }
-        device.upload(indices.slice_mut(..staging.len())?, staging)?;
+        device.upload(workspace.indices.slice_mut(..workspace.staging.len())?, &workspace.staging)?;
+        workspace.take_tokens(device, tokens, rows)?;
+        let Workspace { indices, residual, normed, qkv, partials, counters, attended, delta, gate_up, gated, .. } =
+            workspace;
         let tokens = indices.slice(..rows)?;
         let tables_end = 3 * rows + step.page_tables.len();
         let places = Places {
@@ -501,6 +520,14 @@ impl Workspace {
         let poison = vec![u32::MAX; chosen.len()];
         device.upload(chosen, &poison)?;
         Ok(())
+    }
+
+    /// Puts the chosen tokens in the place of the step's, where they are wanted.
+    pub(super) fn take_tokens(&mut self, device: &Device, tokens: Tokens, rows: usize) -> Result<(), DeviceError> {
+        if tokens == Tokens::Given {
+            return Ok(());
+        }
+        device.copy(self.chosen.slice(..rows)?, self.indices.slice_mut(..rows)?)
     }
 
     /// The tokens \[R\] that the last [`Model::forward_greedy`] with `rows` = R logits rows chose.

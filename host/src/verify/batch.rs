@@ -288,15 +288,28 @@ fn plain(model: &Arc<Model>) -> Result<Line, DeviceError> {
         (0..12).map(|index| request(tokens(model, 10 + 13 * index, 70 + index as u64), 20, greedy.clone(), Some(0)));
     let known = Known::of(model, requests.collect())?;
     let mut tally = Tally::default();
-    for count in [1, 2, 8, 12] {
-        let running = Running::new(model, roomy(model, &known.requests[..count]))?;
-        let submit = |request: &Request| running.submit(&Request { logprobs: None, ..request.clone() });
-        let receivers = known.requests[..count].iter().map(submit).collect::<Result<Vec<_>, _>>()?;
-        for (events, expected) in receivers.iter().zip(&known.answers) {
-            tally.compare(&reported(expected, None), &collect(events)?.tokens);
+    for (count, ahead_anywhere) in [(1, true), (2, true), (8, false), (8, true), (12, true)] {
+        let trial = Trial { ahead_anywhere, ..Trial::default() };
+        let running = Running::new(model, EngineOptions { trial, ..roomy(model, &known.requests[..count]) })?;
+        // Every third one ends at a token, which nobody knows when the step behind it is given to the device; the others
+        // after different numbers of tokens.
+        let ends = |index: usize| if index % 3 == 1 { known.answers[index].get(7 + index / 3) } else { None };
+        let submit = |(index, request): (usize, &Request)| {
+            let stop_tokens = ends(index).map(|token| token.id).into_iter().collect();
+            let max_tokens = request.max_tokens - index as u32 % 5;
+            running.submit(&Request { logprobs: None, stop_tokens, max_tokens, ..request.clone() })
+        };
+        let receivers = known.requests[..count].iter().enumerate().map(submit).collect::<Result<Vec<_>, _>>()?;
+        for (index, events) in receivers.iter().enumerate() {
+            let mut expected = reported(&known.answers[index], None);
+            expected.truncate(expected.len() - index % 5);
+            if let Some(stop) = ends(index).and_then(|end| expected.iter().position(|token| token.id == end.id)) {
+                expected.truncate(stop);
+            }
+            tally.compare(&expected, &collect(events)?.tokens);
         }
     }
-    Ok(tally.line("greedy without log-probabilities, 1 to 12 at once = alone with"))
+    Ok(tally.line("greedy without log-probabilities, 1 to 12 at once, some stopped = alone with"))
 }
 
 /// What is left of an answer for somebody who asked for less.

@@ -15,7 +15,7 @@ pub(in crate::device) struct Events {
     context: Arc<Context>,
 }
 
-struct Event {
+pub(super) struct Event {
     handle: sys::CUevent,
     recorded: bool,
     context: Arc<Context>,
@@ -32,7 +32,7 @@ const FAULT: &str = "an event";
 const MINIMAL_DRIVER: i32 = 12080;
 
 impl Event {
-    fn new(context: &Arc<Context>) -> Result<Self, DeviceError> {
+    pub(super) fn new(context: &Arc<Context>) -> Result<Self, DeviceError> {
         context.enter()?;
         let mut handle = std::ptr::null_mut();
         // SAFETY: writes one handle; destroyed in `drop`.
@@ -41,13 +41,22 @@ impl Event {
         Ok(Self { handle, recorded: false, context: Arc::clone(context) })
     }
 
-    fn record(&mut self) -> Result<(), DeviceError> {
+    /// The event happens when the device gets here.
+    pub(super) fn record(&mut self) -> Result<(), DeviceError> {
         self.context.enter()?;
         // SAFETY: event and stream live, and belong to one context.
         let result = unsafe { sys::cuEventRecord(self.handle, self.context.stream()) };
         self.context.check(result, DeviceError::InferenceFailed, FAULT)?;
         self.recorded = true;
         Ok(())
+    }
+
+    /// Waits until it has happened.
+    pub(super) fn wait(&self) -> Result<(), DeviceError> {
+        self.context.enter()?;
+        // SAFETY: the event lives.
+        let result = unsafe { sys::cuEventSynchronize(self.handle) };
+        self.context.check(result, DeviceError::InferenceFailed, "work before this point failed")
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::driver::sys::{self, CUmemorytype_enum, CUpointer_attribute_enum as PointerAttribute, CUresult};
 
 use super::context::Context;
+use super::events::Event;
 use crate::device::buffer::DeviceId;
 use crate::device::cpu::Fill;
 use crate::device::{DeviceError, MemoryKind, MemoryRecord};
@@ -145,11 +146,12 @@ pub(super) fn verify_residency(context: &Context) -> Result<(), DeviceError> {
     Err(error)
 }
 
-/// Two small pinned buffers. Small uploads return without waiting for the device; small downloads skip the driver's
+/// Four small pinned buffers. Small uploads return without waiting for the device; small downloads skip the driver's
 /// own staging. Larger copies, such as weights, go directly and wait.
 pub(super) struct Staging {
     up: Mutex<Ring>,
     down: Mutex<Pinned>,
+    later: Mutex<Later>,
 }
 
 /// Copies of at most this many bytes are staged.
@@ -193,10 +195,68 @@ impl Drop for Pinned {
     }
 }
 
+/// Downloads that are collected later, in turn.
+struct Later {
+    turns: [(Pinned, Event); LATER],
+    /// How many were begun; the next one's number.
+    begun: u64,
+}
+
+/// How many downloads may be on their way down at once.
+const LATER: usize = 2;
+
+/// Bytes of each at most.
+const LATER_BYTES: usize = 16 * 1024;
+
 impl Staging {
     pub(super) fn new(context: &Arc<Context>) -> Result<Self, DeviceError> {
         let up = Ring { pinned: Pinned::new(context, RING_BYTES)?, used: 0 };
-        Ok(Self { up: Mutex::new(up), down: Mutex::new(Pinned::new(context, STAGED_BYTES)?) })
+        let turn = || Ok::<_, DeviceError>((Pinned::new(context, LATER_BYTES)?, Event::new(context)?));
+        Ok(Self {
+            up: Mutex::new(up),
+            down: Mutex::new(Pinned::new(context, STAGED_BYTES)?),
+            later: Mutex::new(Later { turns: [turn()?, turn()?], begun: 0 }),
+        })
+    }
+
+    /// Begins a copy from the device, after all work before it, and returns its number. It is lost when [`LATER`] others
+    /// were begun after it.
+    ///
+    /// # Safety
+    /// The source is live memory of the device for as many bytes, and stays so until the work before this point is done.
+    pub(super) unsafe fn begin_download(
+        &self,
+        context: &Context,
+        source: u64,
+        bytes: usize,
+    ) -> Result<u64, DeviceError> {
+        context.enter()?;
+        if bytes > LATER_BYTES {
+            return Err(DeviceError::InvalidParameter(format!("{bytes} bytes for later; {LATER_BYTES} fit")));
+        }
+        let mut later = self.later.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = later.begun;
+        later.begun += 1;
+        let (pinned, event) = &mut later.turns[number as usize % LATER];
+        // SAFETY: the buffer has `LATER_BYTES` bytes, is read under the lock only, and an earlier copy into it is done
+        // before this one by the order of the stream.
+        let result = unsafe { sys::cuMemcpyDtoHAsync_v2(pinned.pointer.cast(), source, bytes, context.stream()) };
+        context.check(result, DeviceError::InferenceFailed, "a download failed")?;
+        event.record()?;
+        Ok(number)
+    }
+
+    /// Waits for the copy with this number.
+    pub(super) fn collect_download(&self, number: u64, destination: &mut [u8]) -> Result<(), DeviceError> {
+        let later = self.later.lock().unwrap_or_else(PoisonError::into_inner);
+        if number + (LATER as u64) < later.begun || destination.len() > LATER_BYTES {
+            return Err(DeviceError::InvalidParameter(format!("download {number} was not collected in time")));
+        }
+        let (pinned, event) = &later.turns[number as usize % LATER];
+        event.wait()?;
+        // SAFETY: the copy into the buffer is over, and no other was begun (checked above, under the lock).
+        unsafe { destination.as_mut_ptr().copy_from_nonoverlapping(pinned.pointer, destination.len()) };
+        Ok(())
     }
 
     /// Copies to the device; the source is free when this returns.

@@ -1,7 +1,7 @@
 //! NVIDIA GPUs, through the driver and cuBLASLt. Only the files of this folder name cudarc.
 //!
 //! One primary context and one stream per device. Weights, KV cache and activations are plain device memory; the one
-//! exception are two small pinned buffers through which token ids go up and come down.
+//! exception are small pinned buffers through which token ids go up and come down.
 //!
 //! | file | what it holds |
 //! | --- | --- |
@@ -140,6 +140,19 @@ impl Cuda {
                 std::slice::from_raw_parts_mut(destination.as_mut_ptr().cast::<u8>(), size_of_val::<[T]>(destination));
             self.staging.download(&self.context, source.address(), bytes)
         }
+    }
+
+    pub(super) fn begin_download<T: Element>(&self, source: Slice<'_, T>) -> Result<u64, DeviceError> {
+        // SAFETY: the view lies in live memory of this device, and freeing it waits for the stream.
+        unsafe { self.staging.begin_download(&self.context, source.address(), source.len() * size_of::<T>()) }
+    }
+
+    pub(super) fn collect_download<T: Element>(&self, number: u64, destination: &mut [T]) -> Result<(), DeviceError> {
+        // SAFETY: all bits are values of an element.
+        let bytes = unsafe {
+            std::slice::from_raw_parts_mut(destination.as_mut_ptr().cast::<u8>(), size_of_val::<[T]>(destination))
+        };
+        self.staging.collect_download(number, bytes)
     }
 
     pub(super) fn copy<T: Element>(
