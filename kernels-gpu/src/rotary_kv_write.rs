@@ -142,7 +142,10 @@ fn write_values(qkv: InOut<f32>, bias: In<bf16>, pages: Pages, value_pages: Out<
         let follows =
             warp::ballot(present && before.wrapping_add(1) == position && position > 0 && table == table_before);
         whole = warp::ballot(
-            present && position as usize % GROUP == 0 && lane < 3 * GROUP && (follows >> (lane + 1)) & 0x7f == 0x7f,
+            present
+                && (position as usize).is_multiple_of(GROUP)
+                && lane < 3 * GROUP
+                && (follows >> (lane + 1)) & 0x7f == 0x7f,
         );
     }
 
