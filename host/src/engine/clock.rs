@@ -18,7 +18,7 @@ pub struct StepTimes {
 }
 
 /// A step that was given to the device and is not over yet.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Running {
     watch: usize,
 }
@@ -50,7 +50,7 @@ impl StepClock {
     }
 
     /// The device has been given its last work of the step.
-    pub(super) fn given(&mut self, running: &Running) -> Result<(), DeviceError> {
+    pub(super) fn given(&mut self, running: Running) -> Result<(), DeviceError> {
         self.watches.get_mut(running.watch).map_or(Ok(()), Stopwatch::stop)
     }
 
@@ -103,7 +103,7 @@ mod tests {
                 }
                 let running = clock.start().unwrap();
                 std::thread::sleep(work);
-                clock.given(&running).unwrap();
+                clock.given(running).unwrap();
                 clock.stop(running).unwrap();
             }
             clock.pause();
@@ -121,7 +121,7 @@ mod tests {
     fn without_times_steps_are_still_counted() {
         let mut clock = clock(false);
         let running = clock.start().unwrap();
-        clock.given(&running).unwrap();
+        clock.given(running).unwrap();
         clock.stop(running).unwrap();
         clock.pause();
         assert_eq!(clock.times(), StepTimes { steps: 1, wall_ns: 0, device_ns: 0 });

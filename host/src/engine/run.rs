@@ -316,7 +316,7 @@ impl Worker {
         } else {
             Choice::Sampled(self.sampler.sample(&self.workspace.logits(rows.len())?, &rows)?)
         };
-        self.clock.given(&running)?;
+        self.clock.given(running)?;
         Ok(Some(Flight { plan, chosen, sampled, running }))
     }
 
@@ -334,7 +334,7 @@ impl Worker {
         let running = self.clock.start()?;
         self.model.forward_greedy_ahead(&self.batch.step(), &mut self.cache, &mut self.workspace)?;
         let ids = self.shared.device.begin_download(self.workspace.chosen(plan.segments.len())?)?;
-        self.clock.given(&running)?;
+        self.clock.given(running)?;
         let chosen = flight.chosen.iter().map(|&(id, position, cached)| (id, position + 1, cached)).collect();
         Ok(Some(Flight { plan, chosen, sampled: Choice::Coming(ids), running }))
     }

@@ -243,7 +243,6 @@ pub fn few_residual_in(
 ///
 /// # Errors
 /// A shape that does not fit, or the launch's error.
-#[expect(clippy::too_many_arguments, reason = "the kernels' own arguments")]
 pub fn few_logits(
     device: &Device,
     residual: &Slice<'_, f32>,
