@@ -14,7 +14,8 @@ use cuda_std::Element;
 use half::bf16;
 use host::device::{Buffer, CpuOptions, Device, DeviceError, KernelImage, KernelImages, MemoryKind};
 use host::ops::{
-    self, DecodeScratch, HeadShape, PAGE, Pages, PagesMut, Pairing, Places, PrefillTiles, SampleParams, Segment,
+    self, DecodeScratch, HeadShape, PAGE, Pages, PagesMut, Pairing, Places, PrefillTiles, RowParameters, SampleParams,
+    Segment,
 };
 use host::testing::TestRng;
 
@@ -313,6 +314,21 @@ fn attention(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, rows: us
     rig.bytes("attention_decode", format!("{rows} at {context}"), rows * context * 2 * kv_width * 2, run);
 }
 
+/// How each row is sampled, at temperature 0.8.
+fn parameters(top_k: u32, top_p: f32, min_p: f32) -> RowParameters {
+    RowParameters {
+        seed: 7,
+        position: 9,
+        top_k,
+        temperature: 0.8,
+        top_p,
+        min_p,
+        repetition: 1.0,
+        frequency: 0.0,
+        presence: 0.0,
+    }
+}
+
 fn from_logits(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, rows: usize) {
     const LISTED: usize = 20;
     let (vocab, len) = (shape.vocab, rows * shape.vocab);
@@ -320,38 +336,36 @@ fn from_logits(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, rows: 
     let run: Run = Box::new(move |device| ops::argmax(device, &logits.as_slice(), &mut ids.as_slice_mut()));
     rig.bytes("argmax", rows, len * 4, run);
 
-    let (mut logits, temperatures) = (inputs.floats(len), inputs.same(rows, 0.999_f32));
-    let run: Run =
-        Box::new(move |device| ops::temperature(device, &mut logits.as_slice_mut(), &temperatures.as_slice()));
-    rig.bytes("temperature", rows, len * 8, run);
-
     // As many different tokens of each row as a short answer has.
     let penalised = 128.min(vocab);
     let entries = rows * penalised;
-    let entry_rows: Vec<u32> = (0..entries).map(|entry| (entry / penalised) as u32).collect();
-    let tokens: Vec<u32> = (0..entries).map(|entry| (entry % penalised * (vocab / penalised)) as u32).collect();
-    let (entry_rows, tokens) = (inputs.holding(&entry_rows), inputs.holding(&tokens));
-    let (counts, biases) = (inputs.same(entries, 1_u32), inputs.same(entries, 0.0_f32));
-    let (mut logits, ones, zeros) = (inputs.floats(len), inputs.same(rows, 1.0_f32), inputs.same(rows, 0.0_f32));
+    let words = (0..entries).flat_map(|entry| {
+        let token = entry % penalised * (vocab / penalised);
+        [(entry / penalised) as u32, token as u32, 1, 0]
+    });
+    let (listed, neutral) = (inputs.holding(&words.collect::<Vec<_>>()), parameters(0, 1.0, 0.0).words().repeat(rows));
+    let (mut logits, neutral) = (inputs.floats(len), inputs.holding(&neutral));
     let run: Run = Box::new(move |device| {
-        let (entry_rows, tokens, counts) = (entry_rows.as_slice(), tokens.as_slice(), counts.as_slice());
-        let (biases, ones, zeros) = (biases.as_slice(), ones.as_slice(), zeros.as_slice());
-        let logits = &mut logits.as_slice_mut();
-        ops::penalties(device, logits, &entry_rows, &tokens, &counts, &biases, &ones, &zeros, &zeros)
+        ops::penalties(device, &mut logits.as_slice_mut(), &listed.as_slice(), &neutral.as_slice())
     });
     rig.bytes("penalties", rows, entries * (4 * 4 + 8), run);
 
-    for (what, top_k, top_p) in [("temperature alone", 0, 1.0), ("top-k 50, top-p 0.95", 50, 0.95_f32)] {
-        let (logits, mut ids) = (inputs.floats(len), inputs.same(rows, 0_u32));
-        let (seeds, positions, top_ks) = (inputs.same(rows, 7_u64), inputs.same(rows, 9_u32), inputs.same(rows, top_k));
-        let (top_ps, min_ps) = (inputs.same(rows, top_p), inputs.same(rows, 0.0_f32));
+    for (what, top_k, top_p, min_p) in [
+        ("temperature alone", 0, 1.0, 0.0),
+        ("top-k 50, top-p 0.95", 50, 0.95_f32, 0.0),
+        ("top-p 0.95", 0, 0.95, 0.0),
+        ("min-p 0.1", 0, 1.0, 0.1),
+    ] {
+        // A head above a tail, as a model's logits have: uniform ones have no small top-p of 0.95.
+        let values: Vec<f32> = (0..len).map(|_| -1.5 * inputs.random.next_f32().abs().max(1e-7).ln()).collect();
+        let (logits, mut ids) = (inputs.holding(&values), inputs.same(rows, 0_u32));
+        let records = inputs.holding(&parameters(top_k, top_p, min_p).words().repeat(rows));
+        let mut scratch = rig.device.is_cuda().then(|| inputs.same(ops::sample_scratch_len(rows, vocab), 0_u64));
         let run: Run = Box::new(move |device| {
             let params = SampleParams {
-                seeds: seeds.as_slice(),
-                positions: positions.as_slice(),
-                top_ks: top_ks.as_slice(),
-                top_ps: top_ps.as_slice(),
-                min_ps: min_ps.as_slice(),
+                rows: records.as_slice(),
+                whole_mass: parameters(top_k, top_p, min_p).needs_whole_mass(),
+                scratch: scratch.as_mut().map(Buffer::as_slice_mut),
             };
             ops::sample(device, &logits.as_slice(), params, &mut ids.as_slice_mut())
         });

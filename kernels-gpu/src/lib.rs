@@ -14,7 +14,8 @@
 //! | `attention` | the definition; `attention_prefill` and `attention_decode` meet it |
 //! | `residual_add`, `silu_mul` | around the feed-forward layers |
 //! | `gather_rows` | the rows whose logits are needed |
-//! | `penalties`, `temperature`, `argmax`, `sample`, `log_probs` | from logits to a token (`rank`, `philox`: their parts) |
+//! | `penalties`, `argmax`, `sample`, `log_probs` | from logits to a token (`rank`, `row_parameters`, `philox`, `quads`: their parts) |
+//! | `candidates`, `masses`, `choose` | `sample`, fast on a GPU |
 //! | `few` | the linear layers of few tokens, fused with their neighbours |
 //! | `differing` | bit comparison, for the self-test |
 #![cfg_attr(target_arch = "nvptx64", no_std)]
@@ -29,6 +30,8 @@ pub mod attention;
 pub mod attention_decode;
 pub mod attention_prefill;
 pub mod bias_add;
+pub mod candidates;
+pub mod choose;
 pub mod differing;
 pub mod embedding;
 pub mod few;
@@ -36,17 +39,19 @@ pub mod gather_rows;
 pub mod kv_write;
 pub mod linear;
 pub mod log_probs;
+pub mod masses;
 pub mod penalties;
 pub mod philox;
+pub mod quads;
 pub mod rank;
 pub mod residual_add;
 pub mod residual_norm;
 pub mod rms_norm;
 pub mod rotary;
 pub mod rotary_kv_write;
+pub mod row_parameters;
 pub mod sample;
 pub mod silu_mul;
-pub mod temperature;
 
 /// Every kernel: what the host checks the PTX against.
 #[cfg(not(target_arch = "nvptx64"))]
@@ -64,6 +69,8 @@ pub const KERNELS: &[&cuda_std::launch::KernelDesc] = &[
     attention_prefill::attention_prefill_short_96::KERNEL,
     attention_prefill::attention_prefill_short_128::KERNEL,
     bias_add::bias_add::KERNEL,
+    candidates::sample_candidates::KERNEL,
+    choose::sample_choose::KERNEL,
     differing::differing_bf16::KERNEL,
     differing::differing_f32::KERNEL,
     embedding::embedding::KERNEL,
@@ -82,6 +89,7 @@ pub const KERNELS: &[&cuda_std::launch::KernelDesc] = &[
     linear::linear_f32::KERNEL,
     linear::linear_plain::KERNEL,
     log_probs::log_probs::KERNEL,
+    masses::sample_masses::KERNEL,
     penalties::penalties::KERNEL,
     residual_add::residual_add::KERNEL,
     residual_norm::residual_norm::KERNEL,
@@ -90,7 +98,6 @@ pub const KERNELS: &[&cuda_std::launch::KernelDesc] = &[
     rotary_kv_write::rotary_kv_write::KERNEL,
     sample::sample::KERNEL,
     silu_mul::silu_mul::KERNEL,
-    temperature::temperature::KERNEL,
 ];
 
 /// Kernels that only define what a fused one computes: tests compare with them, no model launches them.

@@ -2,7 +2,11 @@
 
 use cuda_std::prelude::*;
 
+use crate::argmax::first_below;
 use crate::rank::{self, THREADS, WARPS};
+
+/// Loads that a thread has on their way at once.
+const AHEAD: usize = 8;
 
 /// values\[r, 0\] = ln p of `chosen[r]`; ids\[r, j\] and values\[r, 1 + j\] = the j-th most likely token (ties: lowest id first)
 /// and its ln p, where ln p = (logit - max) - ln(sum e^(logit - max)).
@@ -11,7 +15,7 @@ use crate::rank::{self, THREADS, WARPS};
 /// - a block does one row. The sum has one fixed tree: thread t of 512 adds the elements t, t + 512, ... in order; the
 ///   lanes of a warp are added at distances 16, 8, 4, 2, 1; then the 16 warps in order.
 /// - bytes: 4 (2 + count) per element, mostly from cache.
-/// - the caller: `vocab` = V; a token beyond the vocabulary gives NaN; places beyond the tokens that can be chosen get
+/// - the caller: `vocab` = V; rows start at multiples of 16 bytes where V is a multiple of 4; a token beyond the vocabulary gives NaN; places beyond the tokens that can be chosen get
 ///   id `u32::MAX` and negative infinity.
 #[kernel(block = 512)]
 pub fn log_probs(logits: In<f32>, chosen: In<u32>, ids: Out<u32>, values: Out<f32>, vocab: u32, count: u32) {
@@ -22,25 +26,27 @@ pub fn log_probs(logits: In<f32>, chosen: In<u32>, ids: Out<u32>, values: Out<f3
     let (vocab, count) = (vocab as usize, count as usize);
     let start = row * vocab;
 
-    // The greatest key below `limit`.
-    let next = |limit: u64| {
-        let mut best = 0;
-        let mut id = thread;
-        while id < vocab {
-            let key = rank::rank_key(logits.get(start + id), id);
-            best = if key > best && key < limit { key } else { best };
-            id += THREADS;
-        }
-        rank::block_max(best, &scratch)
-    };
+    thread::allow_successor();
+    thread::wait_for_predecessors();
+    let next = |limit: u64| first_below(limit, &logits, start, vocab, &scratch);
     let mut best = next(u64::MAX);
     let max = if best == 0 { 0.0 } else { logits.get(start + rank::id_of(best) as usize) };
 
     let mut sum = 0.0;
     let mut id = thread;
     while id < vocab {
-        sum += math::exp(logits.get(start + id) - max);
-        id += THREADS;
+        // Loads first: the chain of sums waits for all of them at once. The last rounds read the last element again.
+        let mut values = [0.0; AHEAD];
+        for i in 0..AHEAD {
+            let index = id + i * THREADS;
+            values[i] = logits.get(start + if index < vocab { index } else { vocab - 1 });
+        }
+        for i in 0..AHEAD {
+            if id + i * THREADS < vocab {
+                sum += math::exp(values[i] - max);
+            }
+        }
+        id += AHEAD * THREADS;
     }
     let sum = warp::sum_f32(sum);
     if thread::lane_id() == 0 {

@@ -24,13 +24,30 @@ pub fn philox4x32_10(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
 #[inline(always)]
 #[must_use]
 pub fn gumbel(seed: u64, position: u32, id: u32) -> f32 {
-    let words = philox4x32_10([id / 4, position, 0, 0], [seed as u32, (seed >> 32) as u32]);
-    let word = match id % 4 {
+    let words = words(seed, position, id / 4);
+    noise(match id % 4 {
         0 => words[0],
         1 => words[1],
         2 => words[2],
         _ => words[3],
-    };
+    })
+}
+
+/// [`gumbel`] for the four tokens from 4 `quad` on, for the price of one in random words.
+#[inline(always)]
+#[must_use]
+pub fn gumbel_quad(seed: u64, position: u32, quad: u32) -> [f32; 4] {
+    let words = words(seed, position, quad);
+    [noise(words[0]), noise(words[1]), noise(words[2]), noise(words[3])]
+}
+
+#[inline(always)]
+fn words(seed: u64, position: u32, quad: u32) -> [u32; 4] {
+    philox4x32_10([quad, position, 0, 0], [seed as u32, (seed >> 32) as u32])
+}
+
+#[inline(always)]
+fn noise(word: u32) -> f32 {
     let u = ((word >> 9) as f32 + 0.5) * (1.0 / 8_388_608.0);
     -cuda_std::math::ln(-cuda_std::math::ln(u))
 }

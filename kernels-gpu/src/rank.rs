@@ -20,11 +20,24 @@ pub fn logit_key(logit: f32) -> u32 {
     if bits >> 31 == 1 { !bits } else { bits | 0x8000_0000 }
 }
 
+/// The logit of a [`logit_key`] that is not 0; of both zeros the positive one.
+#[inline(always)]
+#[must_use]
+pub fn logit_of_key(key: u32) -> f32 {
+    f32::from_bits(if key >> 31 == 1 { key & 0x7fff_ffff } else { !key })
+}
+
 /// A key that grows with the rank of (logit, id): the greatest is the first token. 0 for what cannot be chosen.
 #[inline(always)]
 #[must_use]
 pub fn rank_key(logit: f32, id: usize) -> u64 {
-    let key = logit_key(logit);
+    rank_of(logit_key(logit), id)
+}
+
+/// The [`rank_key`] of a token whose [`logit_key`] is known.
+#[inline(always)]
+#[must_use]
+pub fn rank_of(key: u32, id: usize) -> u64 {
     if key == 0 { 0 } else { (u64::from(key) << 32) | u64::from(!(id as u32)) }
 }
 
@@ -33,6 +46,13 @@ pub fn rank_key(logit: f32, id: usize) -> u64 {
 #[must_use]
 pub fn id_of(rank: u64) -> u32 {
     !(rank as u32)
+}
+
+/// The logit in a [`rank_key`] that is not 0; of both zeros the positive one.
+#[inline(always)]
+#[must_use]
+pub fn logit_of(rank: u64) -> f32 {
+    logit_of_key((rank >> 32) as u32)
 }
 
 /// The value of the lane whose index differs by `mask`.
@@ -68,4 +88,47 @@ pub fn block_max(value: u64, scratch: &Shared<u64>) -> u64 {
         max = if other > max { other } else { max };
     }
     max
+}
+
+/// The sum over the lanes below this one and this one.
+#[inline(always)]
+#[must_use]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub fn inclusive_scan(value: u64) -> u64 {
+    let lane = thread::lane_id();
+    let mut sum = value;
+    let mut distance = 1;
+    while distance < 32 {
+        let source = lane.wrapping_sub(distance);
+        let high = warp::shuffle_u32((sum >> 32) as u32, source);
+        let low = warp::shuffle_u32(sum as u32, source);
+        if lane >= distance {
+            sum += (u64::from(high) << 32) | u64::from(low);
+        }
+        distance <<= 1;
+    }
+    sum
+}
+
+/// The sum of the values of the block's threads before this one, and that of all.
+#[inline(always)]
+#[must_use]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub fn block_scan(value: u64, scratch: &Shared<u64>) -> (u64, u64) {
+    let upto = inclusive_scan(value);
+    thread::sync_threads();
+    let own_warp = thread::warp_id() as usize;
+    if thread::lane_id() == 31 {
+        scratch.set(own_warp, upto);
+    }
+    thread::sync_threads();
+    let (mut before, mut total) = (upto - value, 0);
+    for warp in 0..WARPS {
+        let sum = scratch.get(warp);
+        if warp < own_warp {
+            before += sum;
+        }
+        total += sum;
+    }
+    (before, total)
 }

@@ -1,6 +1,6 @@
-//! Temperature, penalties, the greedy choice, log-probabilities.
+//! Penalties, the greedy choice, log-probabilities.
 
-use host::ops::{self, LogProbs};
+use host::ops::{self, LogProbs, RowParameters};
 use host::testing::{TestRng, Tolerance, assert_close};
 
 use crate::compare::assert_same;
@@ -15,26 +15,6 @@ pub(crate) fn ranked(logits: &[f32]) -> Vec<u32> {
     // A stable sort keeps the lower of two equal ids first; 0.0 and -0.0 are equal.
     ids.sort_by(|&a, &b| logits[b as usize].partial_cmp(&logits[a as usize]).unwrap());
     ids
-}
-
-pub(crate) fn temperature(rig: &mut Rig) {
-    for &vocab in rig.pick(&[1, 257][..], &[1, 255, 257, 1000, LARGE]) {
-        let temperatures = [0.7_f32, 0.0, 1.0, 1.3e-3, 2.0];
-        let logits: Vec<f32> = TestRng::new(61).f32s(5 * vocab).iter().map(|value| value * 20.0).collect();
-        let mut out = rig.filled(&logits);
-        let divisors = rig.filled(&temperatures);
-        ops::temperature(&rig.device, &mut out.view_mut(), &divisors.view()).unwrap();
-        let expected: Vec<f32> = logits
-            .iter()
-            .enumerate()
-            .map(|(index, &logit)| match temperatures[index / vocab] {
-                0.0 => logit,
-                // Rounding the f64 quotient to f32 is the rounding of the exact one.
-                divisor => (f64::from(logit) / f64::from(divisor)) as f32,
-            })
-            .collect();
-        assert_same(&rig.read("temperature", &out), &expected, "temperature");
-    }
 }
 
 pub(crate) fn penalties(rig: &mut Rig) {
@@ -54,18 +34,17 @@ pub(crate) fn penalties(rig: &mut Rig) {
         let frequency: Vec<f32> = (0..rows).map(|row| [0.2, -1.5, 0.0, 2.0][row]).collect();
         let presence: Vec<f32> = (0..rows).map(|row| [0.6, 0.0, -2.0, 1.1][row]).collect();
         let mut out = rig.filled(&logits);
-        ops::penalties(
-            &rig.device,
-            &mut out.view_mut(),
-            &rig.filled(&entry_rows).view(),
-            &rig.filled(&tokens).view(),
-            &rig.filled(&counts).view(),
-            &rig.filled(&biases).view(),
-            &rig.filled(&repetition).view(),
-            &rig.filled(&frequency).view(),
-            &rig.filled(&presence).view(),
-        )
-        .unwrap();
+        let words: Vec<u32> = (0..entries)
+            .flat_map(|entry| [entry_rows[entry], tokens[entry], counts[entry], f32::to_bits(biases[entry])])
+            .collect();
+        let parameters: Vec<u32> = (0..rows)
+            .flat_map(|row| {
+                let (repetition, frequency, presence) = (repetition[row], frequency[row], presence[row]);
+                RowParameters { repetition, frequency, presence, ..crate::sample::PLAIN }.words()
+            })
+            .collect();
+        let (words, parameters) = (rig.filled(&words), rig.filled(&parameters));
+        ops::penalties(&rig.device, &mut out.view_mut(), &words.view(), &parameters.view()).unwrap();
         let result = rig.read("penalties", &out);
         let (mut expected, mut touched) = (logits.clone(), vec![false; logits.len()]);
         for entry in 0..entries {

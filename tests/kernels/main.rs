@@ -96,11 +96,13 @@ on_every_device! {
     few_gate_up: crate::few::gate_up;
     few_residual: crate::few::residual;
     few_logits: crate::few::logits;
-    temperature: crate::logits::temperature;
     penalties: crate::logits::penalties;
     argmax: crate::logits::argmax;
     log_probs: crate::logits::log_probs;
     sample_filters: crate::sample::filters;
+    sample_large: crate::sample::large;
+    sample_shapes: crate::sample::shapes;
+    sample_level: crate::sample::level;
     sample_edges: crate::sample::edges;
     ]
     // A wrong draw among thousands is no fault of a distribution.

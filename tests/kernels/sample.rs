@@ -1,6 +1,6 @@
 //! The random choice: Philox against its authors' vectors, the kept tokens at their boundaries, the distribution.
 
-use host::ops::{self, SampleParams};
+use host::ops::{self, RowParameters, SampleParams};
 use host::testing::TestRng;
 
 use crate::compare::{assert_distribution, assert_same};
@@ -108,23 +108,76 @@ fn winner(logits: &[f32], ids: &[u32], seed: u64, position: u32) -> (u32, f64) {
     (best, first - second)
 }
 
+/// No filter, no temperature, no penalty.
+pub(crate) const PLAIN: RowParameters = RowParameters {
+    seed: 0,
+    position: 0,
+    top_k: 0,
+    temperature: 0.0,
+    top_p: 1.0,
+    min_p: 0.0,
+    repetition: 1.0,
+    frequency: 0.0,
+    presence: 0.0,
+};
+
+/// A row's parameters.
+fn parameters(&(seed, position, filter): &(u64, u32, Filter)) -> RowParameters {
+    let Filter { top_k, top_p, min_p } = filter;
+    RowParameters { seed, position, top_k, top_p, min_p, ..PLAIN }
+}
+
 /// Samples rows of one vocabulary.
 fn draw(rig: &mut Rig, logits: &[f32], rows: &[(u64, u32, Filter)]) -> Vec<u32> {
-    let mut ids = rig.unwritten::<u32>(rows.len());
-    ops::sample(
-        &rig.device,
-        &rig.filled(logits).view(),
-        SampleParams {
-            seeds: rig.filled(&rows.iter().map(|row| row.0).collect::<Vec<_>>()).view(),
-            positions: rig.filled(&rows.iter().map(|row| row.1).collect::<Vec<_>>()).view(),
-            top_ks: rig.filled(&rows.iter().map(|row| row.2.top_k).collect::<Vec<_>>()).view(),
-            top_ps: rig.filled(&rows.iter().map(|row| row.2.top_p).collect::<Vec<_>>()).view(),
-            min_ps: rig.filled(&rows.iter().map(|row| row.2.min_p).collect::<Vec<_>>()).view(),
-        },
-        &mut ids.view_mut(),
-    )
-    .unwrap();
-    rig.read("sample", &ids)
+    let parameters: Vec<_> = rows.iter().map(parameters).collect();
+    draw_with(rig, logits, &parameters)
+}
+
+/// Samples rows by one block each, and by passes of many blocks: with the whole mass and without, in as few parts as can be
+/// and in more. All must agree.
+fn draw_with(rig: &mut Rig, logits: &[f32], parameters: &[RowParameters]) -> Vec<u32> {
+    let mut drawn = draw_ways(rig, logits, parameters, &WAYS);
+    for (other, way) in drawn.iter().zip(WAYS) {
+        assert_same(other, &drawn[0], way.kernel);
+    }
+    drawn.swap_remove(0)
+}
+
+/// A way to sample, under the name of a kernel that it needs.
+#[derive(Clone, Copy)]
+struct Way {
+    kernel: &'static str,
+    /// How often as much scratch memory as is needed; 0 is none.
+    scratch: usize,
+    whole_mass: bool,
+}
+
+const WAYS: [Way; 4] = [
+    Way { kernel: "sample", scratch: 0, whole_mass: false },
+    Way { kernel: "sample_candidates", scratch: 1, whole_mass: false },
+    Way { kernel: "sample_masses", scratch: 1, whole_mass: true },
+    Way { kernel: "sample_choose", scratch: 2, whole_mass: true },
+];
+
+/// What each of the ways draws.
+fn draw_ways(rig: &mut Rig, logits: &[f32], parameters: &[RowParameters], ways: &[Way]) -> Vec<Vec<u32>> {
+    let (rows, vocab) = (parameters.len(), logits.len() / parameters.len());
+    let words: Vec<u32> = parameters.iter().flat_map(|row| row.words()).collect();
+    let (logits, words) = (rig.filled(logits), rig.filled(&words));
+    let mut drawn = Vec::new();
+    for way in ways {
+        let len = way.scratch * ops::sample_scratch_len(rows, vocab);
+        let mut scratch = (len > 0).then(|| rig.unwritten::<u64>(len));
+        let mut ids = rig.unwritten::<u32>(rows);
+        let params = SampleParams {
+            rows: words.view(),
+            whole_mass: way.whole_mass,
+            scratch: scratch.as_mut().map(|memory| memory.view_mut()),
+        };
+        ops::sample(&rig.device, &logits.view(), params, &mut ids.view_mut()).unwrap();
+        drawn.push(rig.read(way.kernel, &ids));
+    }
+    drawn
 }
 
 /// Checks that exactly the tokens of the reference are kept. The filters keep a prefix of the ranking, so it is enough to
@@ -172,7 +225,7 @@ fn peaked(vocab: usize, head: usize, spread: f32, seed: u64) -> Vec<f32> {
 
 pub(crate) fn filters(rig: &mut Rig) {
     let filter = |top_k: u32, top_p: f32, min_p: f32| Filter { top_k, top_p, min_p };
-    for &vocab in rig.pick(&[600][..], &[40, 513, 5000, LARGE]) {
+    for &vocab in rig.pick(&[600][..], &[40, 513, 5000]) {
         let head = rig.pick(6, 30);
         let continuous = peaked(vocab, head, 1.0, 71);
         // Levels of a quarter: ties across every boundary.
@@ -208,6 +261,124 @@ pub(crate) fn filters(rig: &mut Rig) {
     }
 }
 
+/// A few filters over a vocabulary of today's models: likely tokens scattered, and side by side.
+pub(crate) fn large(rig: &mut Rig) {
+    let vocab = rig.pick(600, LARGE);
+    let scattered = peaked(vocab, 30, 1.0, 74);
+    check_filter(rig, &scattered, Filter { top_k: 20, top_p: 0.9, min_p: 0.0 });
+    check_filter(rig, &scattered, Filter { top_p: 0.613, ..ALL });
+    // More neighbours than a part has candidates: they do not decide, and the whole row is looked at.
+    let mut neighbours = vec![-30.0; vocab];
+    for (id, logit) in (vocab - 130..vocab).enumerate().map(|(index, id)| (id, index as f32 * 0.01)) {
+        neighbours[id] = logit;
+    }
+    check_filter(rig, &neighbours, Filter { top_k: 120, ..ALL });
+}
+
+/// Odd sizes, rows of every kind side by side, at temperatures: against the reference on logits divided before.
+pub(crate) fn shapes(rig: &mut Rig) {
+    let small: &[(usize, usize)] = &[(7, 3), (600, 2)];
+    let full = &[(7, 64), (513, 3), (1000, 64), (10_241, 3), (LARGE, 1)];
+    for &(vocab, rows) in rig.pick(small, full) {
+        let most = vocab as u32;
+        let kinds = [
+            Filter { top_k: 50, top_p: 0.95, min_p: 0.0 },
+            ALL,
+            Filter { top_k: 1, ..ALL },
+            Filter { top_p: 0.9, ..ALL },
+            Filter { min_p: 0.07, ..ALL },
+            Filter { top_k: most, ..ALL },
+            Filter { top_k: most + 1, top_p: 0.5, min_p: 0.2 },
+            Filter { top_k: 130, top_p: 0.99, min_p: 0.01 },
+            Filter { top_p: 1e-9, ..ALL },
+        ];
+        let mut rng = TestRng::new(75);
+        let (mut logits, mut parameters, mut expected) = (Vec::new(), Vec::new(), Vec::new());
+        while parameters.len() < rows {
+            let temperature = [0.8, 1.0, 0.35, 2.5][parameters.len() % 4];
+            let kind = kinds[parameters.len() % kinds.len()];
+            let raw: Vec<f32> = rng.f32s(vocab).iter().map(|value| value * 8.0).collect();
+            // Rounding the f64 quotient to f32 is the rounding of the exact one.
+            let divided: Vec<f32> =
+                raw.iter().map(|&logit| (f64::from(logit) / f64::from(temperature)) as f32).collect();
+            let (ids, close) = kept(&divided, kind);
+            let (seed, position) = (rng.next_u64(), rng.below(4000) as u32);
+            let (id, lead) = winner(&divided, &ids, seed, position);
+            if !close && lead > 1e-4 {
+                logits.extend(raw);
+                parameters.push(RowParameters { temperature, ..self::parameters(&(seed, position, kind)) });
+                expected.push(id);
+            }
+        }
+        assert_same(&draw_with(rig, &logits, &parameters), &expected, &format!("{rows} rows of {vocab}"));
+    }
+}
+
+/// Rows that leave a selection nothing to go by: equal logits, one finite logit, logits that differ in their last bits only.
+pub(crate) fn level(rig: &mut Rig) {
+    let filter = |top_k: u32, top_p: f32, min_p: f32| Filter { top_k, top_p, min_p };
+    let filters = [
+        ALL,
+        filter(1, 1.0, 0.0),
+        filter(50, 0.95, 0.0),
+        filter(400, 1.0, 0.0),
+        filter(0, 0.5, 0.0),
+        filter(0, 1.0, 1.0),
+        filter(3, 0.5, 0.5),
+    ];
+    for &vocab in rig.pick(&[150][..], &[7, 513, 1000, 20_480]) {
+        let equal = vec![-1.25_f32; vocab];
+        let mut single = vec![f32::NEG_INFINITY; vocab];
+        single[vocab * 2 / 3] = -3.0;
+        // The same upper bits: all in one place of a histogram of them. Ids fall while logits rise.
+        let dense: Vec<f32> =
+            (0..vocab as u32).map(|id| f32::from_bits(1.0_f32.to_bits() + vocab as u32 - id)).collect();
+        let lowest = vec![f32::MIN; vocab];
+        let empty = vec![f32::NEG_INFINITY; vocab];
+        for (what, logits) in
+            [("equal", equal), ("single", single), ("dense", dense), ("lowest", lowest), ("empty", empty)]
+        {
+            let mut seed = 0;
+            let (mut rows, mut expected) = (Vec::new(), Vec::new());
+            for filter in filters {
+                let order = ranked(&logits);
+                let ids = match order.len() {
+                    0 => Vec::new(),
+                    // Masses of logits that differ in the last bits are too close for f64: the count alone is exact.
+                    _ if what == "dense" && filter.top_p < 1.0 => continue,
+                    _ if filter.min_p > 0.0 && filter.top_k == 0 && what == "dense" => vec![order[0]],
+                    _ if what == "dense" => order[..filter.top_k.clamp(1, vocab as u32) as usize].to_vec(),
+                    _ => kept_level(&order, filter),
+                };
+                if what == "dense" && filter.top_k == 0 && filter.min_p == 0.0 {
+                    continue;
+                }
+                // A draw that f32 and f64 agree on.
+                let (id, _) = loop {
+                    seed += 1;
+                    let drawn = winner(&logits, &ids, seed, 5);
+                    if drawn.1 > 1e-4 || ids.len() < 2 || logits[0] == f32::MIN {
+                        break drawn;
+                    }
+                };
+                rows.push((seed, 5, filter));
+                expected.push(id);
+            }
+            let drawn = draw(rig, &logits.repeat(rows.len()), &rows);
+            // Noise is lost beside the lowest float: all kept tokens tie, the lowest id is drawn.
+            let expected = if what == "lowest" { vec![0; rows.len()] } else { expected };
+            assert_same(&drawn, &expected, &format!("{what}, {vocab} tokens"));
+        }
+    }
+}
+
+/// What filters keep of tokens with one logit, in their order.
+fn kept_level(order: &[u32], filter: Filter) -> Vec<u32> {
+    let first = if filter.top_k == 0 { order.len() } else { order.len().min(filter.top_k as usize) };
+    let share = (first as f64 * f64::from(filter.top_p).min(1.0)).ceil() as usize;
+    order[..if filter.top_p < 1.0 { share.max(1) } else { first }].to_vec()
+}
+
 /// NaN, infinities, degenerate parameters; a low temperature is the greedy choice; rows do not touch each other.
 pub(crate) fn edges(rig: &mut Rig) {
     let (nan, low, high) = (f32::NAN, f32::NEG_INFINITY, f32::INFINITY);
@@ -239,14 +410,11 @@ pub(crate) fn edges(rig: &mut Rig) {
 
     // Distinct logits over a low temperature: the greedy choice, whatever the noise.
     let vocab = rig.pick(100, 3000);
-    let mut logits: Vec<f32> = (0..vocab).map(|id| ((id * 37) % vocab) as f32 * 0.01).collect();
+    let logits: Vec<f32> = (0..vocab).map(|id| ((id * 37) % vocab) as f32 * 0.01).collect();
     let expected = ranked(&logits)[0];
-    let temperature = rig.filled(&[1e-5_f32]);
-    let mut buffer = rig.filled(&logits);
-    ops::temperature(&rig.device, &mut buffer.view_mut(), &temperature.view()).unwrap();
-    logits = rig.download(&buffer);
-    let rows: Vec<_> = (0..rig.pick(3, 40)).map(|seed| (seed, 1, ALL)).collect();
-    let result = draw(rig, &logits.repeat(rows.len()), &rows);
+    let rows: Vec<_> =
+        (0..rig.pick(3, 40)).map(|seed| RowParameters { temperature: 1e-5, ..parameters(&(seed, 1, ALL)) }).collect();
+    let result = draw_with(rig, &logits.repeat(rows.len()), &rows);
     assert_same(&result, &vec![expected; rows.len()], "a low temperature");
 
     // A row alone gives what it gives in a batch of others.
@@ -261,6 +429,11 @@ pub(crate) fn edges(rig: &mut Rig) {
 
 /// Draws come with the probabilities of the softmax.
 pub(crate) fn distribution(rig: &mut Rig) {
+    // That all ways agree is tested elsewhere: here thousands of rows go the way of a GPU.
+    let draw = |rig: &mut Rig, logits: &[f32], rows: &[(u64, u32, Filter)]| {
+        let parameters: Vec<_> = rows.iter().map(parameters).collect();
+        draw_ways(rig, logits, &parameters, &WAYS[2..3]).remove(0)
+    };
     let softmax = |logits: &[f32], ids: &[u32]| -> Vec<f64> {
         let weights: Vec<f64> = logits
             .iter()

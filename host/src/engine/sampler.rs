@@ -1,11 +1,11 @@
 //! Chooses the next token of each row of logits, on the device: penalties and bias, temperature, top-k, top-p, min-p,
-//! draw. One small copy of ids per step comes back.
+//! draw. One upload per step goes down, one small copy of ids comes back.
 
 use std::collections::BTreeMap;
 
 use super::Sampling;
 use crate::device::{Buffer, Device, DeviceError, MemoryKind, Slice};
-use crate::ops::{self, LogProbs, SampleParams};
+use crate::ops::{self, LogProbs, PENALTY_ENTRY, ROW_WORDS, RowParameters, SampleParams};
 
 /// A row whose next token is wanted.
 #[derive(Clone, Copy, Debug)]
@@ -60,25 +60,16 @@ const ENTRIES: usize = 1 << 14;
 pub struct Sampler {
     device: Device,
     vocab: usize,
-    scratch: Buffer<f32>,
+    /// Logits after penalties.
+    adjusted: Buffer<f32>,
+    /// What a GPU's draw leaves between its passes; the CPU's has one pass.
+    candidates: Option<Buffer<u64>>,
     ids: Buffer<u32>,
-    seeds: Buffer<u64>,
-    positions: Buffer<u32>,
-    top_ks: Buffer<u32>,
-    /// temperature, top-p, min-p, repetition, frequency, presence: \[6, rows\].
-    floats: Buffer<f32>,
-    /// Rows, tokens and counts of penalty entries.
-    entries: Entries,
+    /// The rows' parameters, then penalty entries: one upload for both.
+    words: Buffer<u32>,
     top_ids: Buffer<u32>,
     top_values: Buffer<f32>,
     rows: usize,
-}
-
-/// Penalty entries on the device.
-#[derive(Debug)]
-struct Entries {
-    words: Buffer<u32>,
-    biases: Buffer<f32>,
 }
 
 impl Sampler {
@@ -89,19 +80,14 @@ impl Sampler {
     pub fn new(device: &Device, rows: usize, vocab: usize) -> Result<Self, DeviceError> {
         let kind = MemoryKind::Activations;
         let listed = rows * MAX_TOP_LOGPROBS as usize;
+        let candidates = || device.alloc_unwritten(ops::sample_scratch_len(rows, vocab), kind, "candidates");
         Ok(Self {
             device: device.clone(),
             vocab,
-            scratch: device.alloc_unwritten(rows * vocab, kind, "logits after temperature")?,
+            adjusted: device.alloc_unwritten(rows * vocab, kind, "logits after penalties")?,
+            candidates: device.is_cuda().then(candidates).transpose()?,
             ids: device.alloc_unwritten(rows, kind, "chosen tokens")?,
-            seeds: device.alloc_unwritten(rows, kind, "seeds")?,
-            positions: device.alloc_unwritten(rows, kind, "positions of chosen tokens")?,
-            top_ks: device.alloc_unwritten(rows, kind, "top-k")?,
-            floats: device.alloc_unwritten(6 * rows, kind, "sampling parameters")?,
-            entries: Entries {
-                words: device.alloc_unwritten(3 * ENTRIES, kind, "penalty entries")?,
-                biases: device.alloc_unwritten(ENTRIES, kind, "logit biases")?,
-            },
+            words: device.alloc_unwritten(rows * ROW_WORDS + ENTRIES * PENALTY_ENTRY, kind, "sampling parameters")?,
             top_ids: device.alloc_unwritten(listed, kind, "most likely tokens")?,
             top_values: device.alloc_unwritten(listed + rows, kind, "log-probabilities")?,
             rows,
@@ -166,63 +152,36 @@ impl Sampler {
             return ops::argmax(device, logits, &mut ids);
         }
 
-        let mut scratch = self.scratch.slice_mut(..count * self.vocab)?;
-        device.copy(*logits, scratch.slice_mut(..)?)?;
-        let column = |value: fn(&Sampling) -> f32| rows.iter().map(move |row| value(row.sampling));
-        let floats: Vec<f32> = column(temperature)
-            .chain(column(|s| s.top_p))
-            .chain(column(|s| s.min_p))
-            .chain(column(|s| s.repetition_penalty))
-            .chain(column(|s| s.frequency_penalty))
-            .chain(column(|s| s.presence_penalty))
-            .collect();
-        device.upload(self.floats.slice_mut(..floats.len())?, &floats)?;
-        let parameter = |index: usize| self.floats.slice(index * count..(index + 1) * count);
-
+        let mut words: Vec<u32> = rows.iter().flat_map(|row| parameters(row).words()).collect();
+        let parameters_end = words.len();
+        let entries = if adjusted { penalty_entries(rows) } else { Vec::new() };
+        let (first, more) = entries.split_at(entries.len().min(ENTRIES));
+        words.extend(first.iter().flat_map(PenaltyEntry::words));
+        device.upload(self.words.slice_mut(..words.len())?, &words)?;
         if adjusted {
-            for entries in penalty_entries(rows).chunks(ENTRIES) {
-                let listed = entries.len();
-                let words: Vec<u32> = entries
-                    .iter()
-                    .map(|entry| entry.row)
-                    .chain(entries.iter().map(|entry| entry.token))
-                    .chain(entries.iter().map(|entry| entry.count))
-                    .collect();
-                let biases: Vec<f32> = entries.iter().map(|entry| entry.bias).collect();
-                device.upload(self.entries.words.slice_mut(..3 * listed)?, &words)?;
-                device.upload(self.entries.biases.slice_mut(..listed)?, &biases)?;
-                let words = |index: usize| self.entries.words.slice(index * listed..(index + 1) * listed);
-                ops::penalties(
-                    device,
-                    &mut scratch,
-                    &words(0)?,
-                    &words(1)?,
-                    &words(2)?,
-                    &self.entries.biases.slice(..listed)?,
-                    &parameter(3)?,
-                    &parameter(4)?,
-                    &parameter(5)?,
-                )?;
+            let mut target = self.adjusted.slice_mut(..count * self.vocab)?;
+            device.copy(*logits, target.slice_mut(..)?)?;
+            let mut apply = |words: &Buffer<u32>, end: usize| {
+                ops::penalties(device, &mut target, &words.slice(parameters_end..end)?, &words.slice(..parameters_end)?)
+            };
+            apply(&self.words, words.len())?;
+            for entries in more.chunks(ENTRIES) {
+                let words: Vec<u32> = entries.iter().flat_map(PenaltyEntry::words).collect();
+                let end = parameters_end + words.len();
+                device.upload(self.words.slice_mut(parameters_end..end)?, &words)?;
+                apply(&self.words, end)?;
             }
         }
-        ops::temperature(device, &mut scratch, &parameter(0)?)?;
-
-        let seeds: Vec<u64> = rows.iter().map(|row| row.sampling.seed).collect();
-        let positions: Vec<u32> = rows.iter().map(|row| row.position).collect();
-        // At temperature 0 the first token of the one order is taken: top-k of 1.
-        let top_ks: Vec<u32> =
-            rows.iter().map(|row| if temperature(row.sampling) == 0.0 { 1 } else { row.sampling.top_k }).collect();
-        device.upload(self.seeds.slice_mut(..count)?, &seeds)?;
-        device.upload(self.positions.slice_mut(..count)?, &positions)?;
-        device.upload(self.top_ks.slice_mut(..count)?, &top_ks)?;
+        let logits = if adjusted { self.adjusted.slice(..count * self.vocab)? } else { *logits };
         let params = SampleParams {
-            seeds: self.seeds.slice(..count)?,
-            positions: self.positions.slice(..count)?,
-            top_ks: self.top_ks.slice(..count)?,
-            top_ps: parameter(1)?,
-            min_ps: parameter(2)?,
+            rows: self.words.slice(..parameters_end)?,
+            whole_mass: rows.iter().any(|row| parameters(row).needs_whole_mass()),
+            scratch: match &mut self.candidates {
+                Some(candidates) => Some(candidates.slice_mut(..ops::sample_scratch_len(count, self.vocab))?),
+                None => None,
+            },
         };
-        ops::sample(device, &scratch.as_slice(), params, &mut ids)
+        ops::sample(device, &logits, params, &mut ids)
     }
 
     /// Of the `count` tokens in `self.ids`, and of the `most` most likely ones of each row; of none where that is none.
@@ -279,6 +238,31 @@ struct PenaltyEntry {
     token: u32,
     count: u32,
     bias: f32,
+}
+
+impl PenaltyEntry {
+    /// As the kernel reads it.
+    fn words(&self) -> [u32; PENALTY_ENTRY] {
+        [self.row, self.token, self.count, self.bias.to_bits()]
+    }
+}
+
+/// What the kernels need to know of a row.
+fn parameters(row: &SampleRow<'_>) -> RowParameters {
+    let sampling = row.sampling;
+    let temperature = temperature(sampling);
+    RowParameters {
+        seed: sampling.seed,
+        position: row.position,
+        // At temperature 0 the first token of the one order is taken: top-k of 1, which needs no other filter.
+        top_k: if temperature == 0.0 { 1 } else { sampling.top_k },
+        temperature,
+        top_p: sampling.top_p,
+        min_p: sampling.min_p,
+        repetition: sampling.repetition_penalty,
+        frequency: sampling.frequency_penalty,
+        presence: sampling.presence_penalty,
+    }
 }
 
 /// Each (row, token) that a penalty or a bias concerns, once. What a row lists follows from that row alone.

@@ -20,10 +20,12 @@ pub use differing::{Comparable, differing};
 pub use elementwise::{bias_add, residual_add, silu_mul};
 pub use few::{FEW, Norm, Places, best_len, few_fits, few_gate_up, few_logits, few_qkv, few_residual, few_residual_in};
 pub use kernels_gpu::kv_write::PAGE;
+pub use kernels_gpu::penalties::ENTRY as PENALTY_ENTRY;
 pub use kernels_gpu::rotary::Pairing;
+pub use kernels_gpu::row_parameters::{RowParameters, WORDS as ROW_WORDS};
 pub use linear::{LinearTarget, linear, linear_kernel, linear_plain};
 pub use rows::{embedding, gather_rows, residual_norm, rms_norm};
-pub use sampling::{LogProbs, SampleParams, argmax, log_probs, penalties, sample, temperature};
+pub use sampling::{LogProbs, SampleParams, argmax, log_probs, penalties, sample, sample_scratch_len};
 
 use crate::device::DeviceError;
 

@@ -2,6 +2,10 @@
 
 use cuda_std::launch::Grid;
 
+use kernels_gpu::candidates;
+use kernels_gpu::penalties::ENTRY as PENALTY_ENTRY;
+use kernels_gpu::row_parameters::WORDS as ROW_WORDS;
+
 use super::{blocks, expect, size};
 use crate::device::{Device, DeviceError, Slice, SliceMut};
 
@@ -15,64 +19,29 @@ fn rows(operation: &str, logits: usize, vocab: usize) -> Result<usize, DeviceErr
     Ok(logits / vocab)
 }
 
-/// Divides each row of `logits` \[R, V\] by its temperature; rows with temperature 0 stay.
-///
-/// # Errors
-/// A shape that does not fit, or the launch's error.
-pub fn temperature(
-    device: &Device,
-    logits: &mut SliceMut<'_, f32>,
-    temperatures: &Slice<'_, f32>,
-) -> Result<(), DeviceError> {
-    const NAME: &str = "temperature";
-    let vocab = logits.len().checked_div(temperatures.len()).unwrap_or(0);
-    let rows = rows(NAME, logits.len(), vocab)?;
-    expect(rows == temperatures.len(), NAME, || format!("{} temperatures for {rows} rows", temperatures.len()))?;
-    let grid = Grid::new_2d(blocks(NAME, vocab, 256)?, size(NAME, rows)?);
-    device.launch(kernels_gpu::temperature::temperature::launch(logits, temperatures, size(NAME, vocab)?), grid)
-}
-
 /// Applies penalties and biases to listed (row, token) entries, each listed once; see the kernel for the formula.
-/// `repetition`, `frequency` and `presence` are \[R\]; the entries' arrays have one length, which may be 0.
+/// `entries` is u32 \[E, [`PENALTY_ENTRY`]\], where E may be 0; `parameters` are the records of the R rows.
 ///
 /// # Errors
 /// A shape that does not fit, or the launch's error.
-#[expect(clippy::too_many_arguments, reason = "the kernel's own arguments")]
 pub fn penalties(
     device: &Device,
     logits: &mut SliceMut<'_, f32>,
-    entry_rows: &Slice<'_, u32>,
-    tokens: &Slice<'_, u32>,
-    counts: &Slice<'_, u32>,
-    biases: &Slice<'_, f32>,
-    repetition: &Slice<'_, f32>,
-    frequency: &Slice<'_, f32>,
-    presence: &Slice<'_, f32>,
+    entries: &Slice<'_, u32>,
+    parameters: &Slice<'_, u32>,
 ) -> Result<(), DeviceError> {
     const NAME: &str = "penalties";
-    let (rows_count, entries) = (repetition.len(), entry_rows.len());
+    let rows_count = parameters.len() / ROW_WORDS;
     let vocab = logits.len().checked_div(rows_count).unwrap_or(0);
     rows(NAME, logits.len(), vocab)?;
-    let shaped = tokens.len() == entries && counts.len() == entries && biases.len() == entries;
-    expect(shaped && frequency.len() == rows_count && presence.len() == rows_count, NAME, || {
-        format!("{entries} entries and {rows_count} rows in every array")
-    })?;
-    if entries == 0 {
+    let shaped = parameters.len() == rows_count * ROW_WORDS && entries.len().is_multiple_of(PENALTY_ENTRY);
+    expect(shaped, NAME, || format!("{} words of entries, {} of parameters", entries.len(), parameters.len()))?;
+    if entries.is_empty() {
         return Ok(());
     }
     device.launch(
-        kernels_gpu::penalties::penalties::launch(
-            logits,
-            entry_rows,
-            tokens,
-            counts,
-            biases,
-            repetition,
-            frequency,
-            presence,
-            size(NAME, vocab)?,
-        ),
-        Grid::new_1d(blocks(NAME, entries, 128)?),
+        kernels_gpu::penalties::penalties::launch(logits, entries, parameters, size(NAME, vocab)?),
+        Grid::new_1d(blocks(NAME, entries.len() / PENALTY_ENTRY, 128)?),
     )
 }
 
@@ -88,23 +57,32 @@ pub fn argmax(device: &Device, logits: &Slice<'_, f32>, ids: &mut SliceMut<'_, u
     device.launch(kernels_gpu::argmax::argmax::launch(logits, ids, size(NAME, vocab)?), Grid::new_1d(size(NAME, rows)?))
 }
 
-/// What the random choice needs to know of each row: arrays of \[R\].
-#[derive(Clone, Copy, Debug)]
+/// What the random choice needs beside the logits.
+#[derive(Debug)]
 pub struct SampleParams<'a> {
-    /// Keys of the random numbers.
-    pub seeds: Slice<'a, u64>,
-    /// The position of the token that is drawn.
-    pub positions: Slice<'a, u32>,
-    /// 0 keeps all.
-    pub top_ks: Slice<'a, u32>,
-    /// 1 keeps all.
-    pub top_ps: Slice<'a, f32>,
-    /// 0 keeps all.
-    pub min_ps: Slice<'a, f32>,
+    /// The records of the R rows: [`RowParameters::words`](super::RowParameters::words).
+    pub rows: Slice<'a, u32>,
+    /// Whether some row has top-p without top-k, which needs a second pass. Without that pass such rows are slow.
+    pub whole_mass: bool,
+    /// [`sample_scratch_len`] words for the passes that many blocks share; without them one block does a row, which is
+    /// slow on a GPU and fast on a CPU. The bits are the same.
+    pub scratch: Option<SliceMut<'a, u64>>,
 }
 
-/// A token of each row of `logits` \[R, V\], drawn after top-k, top-p and min-p, into `ids` \[R\]; `u32::MAX` where no
-/// logit is finite.
+/// Words of a part of a row in the scratch memory: its summary, its sum, its candidates.
+const PART_WORDS: usize = candidates::SUMMARY + 1 + candidates::CAPACITY;
+
+/// Words of [`SampleParams::scratch`] for `rows` rows.
+#[must_use]
+pub fn sample_scratch_len(rows: usize, vocab: usize) -> usize {
+    rows * vocab.div_ceil(candidates::PART) * PART_WORDS
+}
+
+/// A token of each row of `logits` \[R, V\], drawn after temperature, top-k, top-p and min-p, into `ids` \[R\];
+/// `u32::MAX` where no logit is finite.
+///
+/// The scratch memory may be larger than it must be: into how many parts rows are divided follows from its length, and
+/// changes no bit.
 ///
 /// # Errors
 /// A shape that does not fit, or the launch's error.
@@ -117,27 +95,45 @@ pub fn sample(
     const NAME: &str = "sample";
     let vocab = logits.len().checked_div(ids.len()).unwrap_or(0);
     let rows = rows(NAME, logits.len(), vocab)?;
-    let lengths = [
-        ids.len(),
-        params.seeds.len(),
-        params.positions.len(),
-        params.top_ks.len(),
-        params.top_ps.len(),
-        params.min_ps.len(),
-    ];
-    expect(lengths == [rows; 6], NAME, || format!("{rows} of every parameter, not {lengths:?}"))?;
+    let records = &params.rows;
+    let shaped = ids.len() == rows && records.len() == rows * ROW_WORDS;
+    expect(shaped, NAME, || format!("{rows} ids, {ROW_WORDS} words of parameters each, not {}", records.len()))?;
+    let (vocab_size, row_blocks) = (size(NAME, vocab)?, size(NAME, rows)?);
+    let Some(scratch) = params.scratch else {
+        let launch = kernels_gpu::sample::sample::launch(logits, records, ids, vocab_size);
+        return device.launch(launch, Grid::new_1d(row_blocks));
+    };
+    let parts = scratch.len() / (rows * PART_WORDS);
+    expect(parts <= candidates::MAX_PARTS && parts * candidates::PART >= vocab, NAME, || {
+        format!("{} words of scratch memory for {rows} rows of {vocab}", scratch.len())
+    })?;
+    let places = rows * parts;
+    let (mut found, rest) = scratch.split_at(places * candidates::CAPACITY)?;
+    let (mut summaries, rest) = rest.split_at(places * candidates::SUMMARY)?;
+    let mut sums = rest.into_slice(..places)?;
+    let grid = Grid::new_2d(size(NAME, parts)?, row_blocks);
+    device
+        .launch(candidates::sample_candidates::launch(logits, records, &mut summaries, &mut found, vocab_size), grid)?;
+    if params.whole_mass {
+        let summaries = summaries.as_slice();
+        device.launch(
+            kernels_gpu::masses::sample_masses::launch(logits, records, &summaries, &mut sums, vocab_size),
+            grid,
+        )?;
+    }
     device.launch(
-        kernels_gpu::sample::sample::launch(
+        kernels_gpu::choose::sample_choose::launch(
             logits,
-            &params.seeds,
-            &params.positions,
-            &params.top_ks,
-            &params.top_ps,
-            &params.min_ps,
+            records,
+            &summaries.as_slice(),
+            &found.as_slice(),
+            &sums.as_slice(),
             ids,
-            size(NAME, vocab)?,
+            vocab_size,
+            size(NAME, parts)?,
+            u32::from(params.whole_mass),
         ),
-        Grid::new_1d(size(NAME, rows)?),
+        Grid::new_1d(row_blocks),
     )
 }
 
