@@ -123,7 +123,7 @@ fn floor_of(key: u64, wanted: u32, histogram: &Shared<u32>, chosen: &Shared<u32>
 /// - grid (parts, R), at most [`MAX_PARTS`]; a block does a part of a row.
 /// - bytes: 4 per element.
 /// - the caller: `vocab` = V, at most parts * [`PART`]; rows start at multiples of 16 bytes where V is a multiple of 4.
-#[kernel(block = 512, min_blocks = 1)]
+#[kernel(block = 512, min_blocks = 2)]
 pub fn sample_candidates(logits: In<f32>, parameters: In<u32>, summaries: Out<u64>, candidates: Out<u64>, vocab: u32) {
     let scratch = shared_array!(u64, WARPS);
     let histogram = shared_array!(u32, 256);
