@@ -115,6 +115,8 @@ struct Tally {
     largest_share: usize,
     cached_tokens: u64,
     scored: u64,
+    /// Steps planned before the tokens of the one before were known.
+    ahead: u64,
 }
 
 fn mix(digest: u64, token: u32) -> u64 {
@@ -223,11 +225,29 @@ impl<S: Subject> Traffic<'_, S> {
         self.watch_oldest(&plan)?;
 
         self.score(&plan)?;
-        let mut next_tokens = Vec::new();
-        for segment in &plan.segments {
-            next_tokens.push(self.compute(segment)?);
+        let mut plan = plan;
+        loop {
+            let next_tokens =
+                plan.segments.iter().map(|segment| self.compute(segment)).collect::<Result<Vec<_>, _>>()?;
+            self.subject.scheduler().commit(&plan);
+            // Half of the steps that can be followed by one planned ahead are, before their tokens are known.
+            let ahead = if self.random.below(2) == 0 { self.subject.scheduler().plan_ahead(&plan) } else { None };
+            self.take(&plan, next_tokens)?;
+            let Some(mut ahead) = ahead else { return Ok(()) };
+            if ahead.rows() > budget || ahead.segments.len() != plan.segments.len() {
+                return Err(format!("{} tokens ahead, behind {}", ahead.rows(), plan.rows()));
+            }
+            self.tally.ahead += 1;
+            ahead.segments.retain(|segment| self.live.contains_key(&segment.id));
+            if ahead.segments.is_empty() {
+                return Ok(());
+            }
+            plan = ahead;
         }
-        self.subject.scheduler().commit(&plan);
+    }
+
+    /// Gives the sequences of a step their tokens, and ends some.
+    fn take(&mut self, plan: &Plan, next_tokens: Vec<Option<u32>>) -> Result<(), String> {
         for (segment, token) in plan.segments.iter().zip(next_tokens) {
             if let Some(token) = token {
                 self.subject.scheduler().push(segment.id, token);
@@ -411,6 +431,7 @@ fn random_traffic(shapes: &[usize]) {
             tally.largest_share as u64,
             tally.cached_tokens,
             tally.scored,
+            tally.ahead,
         ];
         assert!(met.iter().all(|&count| count > 0), "{:?}: {tally:?}", SHAPES[shape]);
         assert!(tally.counts.high_water <= SHAPES[shape].pages && tally.finished > STEPS / 200, "{tally:?}");
