@@ -137,7 +137,10 @@ impl Model {
         let rope_table = self.rope_table.as_slice();
 
         ops::embedding(device, &tokens, &self.parameters.embedding.rows()?.as_slice(), &mut residual, config.hidden)?;
-        for (index, layer) in self.parameters.layers.iter().enumerate() {
+        let layers = &self.parameters.layers;
+        for (index, layer) in layers.iter().enumerate() {
+            // Each kernel asks for weights that are read two kernels later or more.
+            let next = layers.get(index + 1);
             let norm = Norm { gain: layer.input_norm.as_slice(), eps };
             let bias = layer.qkv_bias.as_ref().map(|bias| bias.as_slice());
             let (keys, values) = cache.pages_mut(index);
@@ -147,6 +150,7 @@ impl Model {
                 &residual.as_slice(),
                 norm,
                 &layer.qkv,
+                Some(&layer.gate_up),
                 bias.as_ref(),
                 &rope_table,
                 places,
@@ -169,10 +173,18 @@ impl Model {
                 heads,
                 spans * PAGE,
             )?;
-            ops::few_residual(device, &attended.as_slice(), &layer.output, &mut residual)?;
+            ops::few_residual(device, &attended.as_slice(), &layer.output, Some(&layer.down), &mut residual)?;
             let norm = Norm { gain: layer.post_norm.as_slice(), eps };
-            ops::few_gate_up(device, &residual.as_slice(), norm, &layer.gate_up, &mut gated)?;
-            ops::few_residual(device, &gated.as_slice(), &layer.down, &mut residual)?;
+            ops::few_gate_up(
+                device,
+                &residual.as_slice(),
+                norm,
+                &layer.gate_up,
+                next.map(|next| &next.qkv),
+                &mut gated,
+            )?;
+            let ahead = next.map(|next| &next.output);
+            ops::few_residual(device, &gated.as_slice(), &layer.down, ahead, &mut residual)?;
         }
         let wanted = if bucket.wanted == Wanted::Logits { rows * config.vocab } else { 0 };
         ops::few_logits(
