@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use host::device::{CpuOptions, Device};
-use host::model::Model;
+use host::model::{DecodeWay, Model};
 use host::verify::{self, Goldens};
 
 fn all_lines_hold(device: &Device, folder: &str) {
@@ -23,6 +23,21 @@ fn all_lines_hold(device: &Device, folder: &str) {
 #[test]
 fn the_demo_model_keeps_the_contract_on_the_cpu() {
     all_lines_hold(&devices::cpu(), "models/demo");
+}
+
+/// The steps of a GPU, run by the executor.
+#[test]
+fn every_way_of_decoding_keeps_its_bits_on_a_cpu_like_a_gpu() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo");
+    let model = Model::load(&devices::cpu_like_a_gpu(), &folder, Some(512), &mut |_, _| {}).unwrap();
+    assert_eq!([1, 9].map(|rows| model.decode_way(rows)), [Some(DecodeWay::Few), Some(DecodeWay::Many)]);
+    let lines = verify::decode_ways(&model, &[1, 3, 8, 9, 18]).unwrap();
+    assert!(lines.len() == 2 && lines.iter().all(|line| line.holds), "{lines:#?}");
+    model.give_up(DecodeWay::Few);
+    assert_eq!([1, 9].map(|rows| model.decode_way(rows)), [Some(DecodeWay::Many); 2]);
+    model.give_up(DecodeWay::Many);
+    assert_eq!([1, 9].map(|rows| model.decode_way(rows)), [None; 2]);
+    assert!(verify::decode_ways(&model, &[1]).unwrap().is_empty(), "nothing is left to be in doubt");
 }
 
 #[test]

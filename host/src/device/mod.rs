@@ -366,6 +366,7 @@ impl Device {
         match self {
             Self::Cpu(device) => {
                 let packed = device.pack(&rows, n, k)?;
+                let keep_rows = keep_rows || device.tensor_cores();
                 Ok(Weight { n, k, rows: keep_rows.then_some(rows), packed: Some(packed) })
             }
             Self::Cuda(_) => Ok(Weight { n, k, rows: Some(rows), packed: None }),
@@ -439,20 +440,27 @@ impl Device {
         }
     }
 
+    /// Whether linear layers are the tensor-core chain here: on every GPU, and on a CPU that was told to imitate one.
+    #[must_use]
+    pub fn tensor_cores(&self) -> bool {
+        match self {
+            Self::Cpu(device) => device.tensor_cores(),
+            Self::Cuda(_) => true,
+        }
+    }
+
     /// Who computes linear layers on CUDA; [`LinearBackend::CublasLt`] stands for `Device::linear` on the CPU.
     #[must_use]
     pub fn linear_backend(&self) -> LinearBackend {
         match self {
-            Self::Cpu(_) => LinearBackend::CublasLt,
+            Self::Cpu(device) => device.linear_backend(),
             Self::Cuda(device) => device.linear_backend(),
         }
     }
 
-    /// Chooses it: the self-test's verdict. Nothing on the CPU.
+    /// Chooses it: the self-test's verdict. Nothing on a CPU without tensor cores.
     pub fn set_linear_backend(&self, backend: LinearBackend) {
-        if let Self::Cuda(device) = self {
-            device.set_linear_backend(backend);
-        }
+        on_device!(self, device => device.set_linear_backend(backend));
     }
 
     /// Waits for all work.

@@ -2,11 +2,52 @@
 //! contexts and then started as a whole; for few rows its layers are fused. None of this changes a bit.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::KvCache;
 use super::transformer::{Model, Step, Workspace};
-use crate::device::{DeviceError, Recording};
-use crate::ops::{self, DecodeScratch, FEW, NO_ROW, Norm, PAGE, PagesMut, Places};
+use super::{KvCache, ModelConfig};
+use crate::device::{Device, DeviceError, Recording};
+use crate::ops::{self, DecodeScratch, FEW, HeadShape, NO_ROW, Norm, PAGE, PagesMut, Places};
+
+/// A way of computing a decode step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DecodeWay {
+    /// The fused layers of few rows.
+    Few,
+    /// Layers of many rows, recorded.
+    Many,
+}
+
+/// Which ways are in use. All have the bits of the separate operations; a way that is seen to have others is given up.
+#[derive(Debug)]
+pub(super) struct Ways {
+    few: AtomicBool,
+    many: AtomicBool,
+}
+
+impl Ways {
+    /// Those that the device and the shapes allow.
+    pub(super) fn new(device: &Device, heads: HeadShape, config: &ModelConfig) -> Self {
+        let tensor_cores = device.tensor_cores();
+        Self {
+            few: AtomicBool::new(tensor_cores && ops::few_fits(device, heads, config.hidden, config.ffn)),
+            many: AtomicBool::new(tensor_cores),
+        }
+    }
+
+    fn flag(&self, way: DecodeWay) -> &AtomicBool {
+        match way {
+            DecodeWay::Few => &self.few,
+            DecodeWay::Many => &self.many,
+        }
+    }
+
+    fn of(&self, rows: usize) -> Option<DecodeWay> {
+        let open = |way: &DecodeWay| self.flag(*way).load(Ordering::Relaxed);
+        let ways = [DecodeWay::Few, DecodeWay::Many];
+        ways[usize::from(rows > FEW)..].iter().copied().find(open)
+    }
+}
 
 /// What a step leaves behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +72,7 @@ pub(super) enum Tokens {
 struct Bucket {
     /// Rows, padding included.
     rows: usize,
+    way: DecodeWay,
     /// Spans of the longest context.
     spans: usize,
     wanted: Wanted,
@@ -75,15 +117,27 @@ impl Model {
         let limits = workspace.limits();
         let count = step.tokens.len();
         let all_wanted = step.logits_rows.iter().copied().eq(0..count as u32);
-        if !self.device().is_cuda() || !step.prefills.is_empty() || !all_wanted {
+        if !step.prefills.is_empty() || !all_wanted {
             return None;
         }
+        let way = self.ways.of(count)?;
         let longest = step.positions.iter().max().map_or(1, |&position| position as usize + 1);
         let most_spans = self.context_tokens().div_ceil(PAGE);
         let spans = longest.div_ceil(PAGE).next_power_of_two().clamp(4, most_spans.max(4));
         let rows = bucket_rows(count).min(limits.decode_rows).min(limits.logits_rows);
         let fits = rows >= count && ops::partials_len(self.heads(), rows, spans) <= workspace.partials.len();
-        fits.then(|| Bucket { rows, spans, wanted, cache: cache.identity() })
+        fits.then(|| Bucket { rows, way, spans, wanted, cache: cache.identity() })
+    }
+
+    /// How a step of `rows` single tokens is computed, where it is not by separate operations.
+    #[must_use]
+    pub fn decode_way(&self, rows: usize) -> Option<DecodeWay> {
+        self.ways.of(rows)
+    }
+
+    /// Computes no more steps in this way: the self-test's verdict.
+    pub fn give_up(&self, way: DecodeWay) {
+        self.ways.flag(way).store(false, Ordering::Relaxed);
     }
 
     /// Computes a checked step, where it is one of these. False where it is not.
@@ -108,12 +162,9 @@ impl Model {
         workspace.take_tokens(self.device(), tokens, step.tokens.len())?;
 
         let mut recording = workspace.recordings.take(bucket);
-        let outcome = self.device().replay(&mut recording, &mut || {
-            if bucket.rows <= FEW && self.few_fits {
-                self.decode_few(bucket, cache, workspace)
-            } else {
-                self.decode_many(bucket, cache, workspace)
-            }
+        let outcome = self.device().replay(&mut recording, &mut || match bucket.way {
+            DecodeWay::Few => self.decode_few(bucket, cache, workspace),
+            DecodeWay::Many => self.decode_many(bucket, cache, workspace),
         });
         workspace.recordings.put(bucket, recording);
         outcome.map(|()| true)

@@ -18,6 +18,7 @@ mod transformer;
 pub use architecture::{LayerWeights, Weight, Weights};
 pub use checkpoint::{Checkpoint, TensorView};
 pub use config::{Architecture, HEAD_WIDTHS, MAX_HEAD_RATIO, ModelConfig, WIDTH_MULTIPLE};
+pub use decode::DecodeWay;
 pub use error::ModelError;
 pub use kv_cache::KvCache;
 pub use load::LoadError;

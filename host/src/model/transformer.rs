@@ -8,7 +8,7 @@ use std::path::Path;
 
 use half::bf16;
 
-use super::decode::{Recordings, Tokens, Wanted};
+use super::decode::{Recordings, Tokens, Wanted, Ways};
 use super::load::{self, LoadError, Parameters};
 use super::{Checkpoint, KvCache, ModelConfig};
 use crate::device::{Buffer, Device, DeviceError, MemoryKind, Slice, Weight};
@@ -23,8 +23,8 @@ pub struct Model {
     fingerprint: [u8; 32],
     pub(super) parameters: Parameters,
     pub(super) rope_table: Buffer<f32>,
-    /// The fused kernels of few rows take its shapes.
-    pub(super) few_fits: bool,
+    /// How it computes decode steps.
+    pub(super) ways: Ways,
 }
 
 /// Some rows of a step that are consecutive tokens of one sequence, more than one or not.
@@ -129,7 +129,7 @@ impl Model {
         let heads = HeadShape { query_heads: config.query_heads, kv_heads: config.kv_heads, width: config.head_width };
         Ok(Self {
             device: device.clone(),
-            few_fits: ops::few_fits(device, heads, config.hidden, config.ffn),
+            ways: Ways::new(device, heads, &config),
             config,
             context_tokens,
             fingerprint: checkpoint.fingerprint(),
@@ -273,6 +273,20 @@ impl Model {
         workspace: &mut Workspace,
     ) -> Result<(), DeviceError> {
         self.greedy(step, cache, workspace, Tokens::Chosen)
+    }
+
+    /// As [`Self::forward`], by separate operations alone: what every other way of computing a step is compared with.
+    ///
+    /// # Errors
+    /// As for `forward`.
+    pub fn forward_plain(
+        &self,
+        step: &Step<'_>,
+        cache: &mut KvCache,
+        workspace: &mut Workspace,
+    ) -> Result<(), DeviceError> {
+        self.check(step, cache, workspace)?;
+        self.compute(step, cache, workspace, Tokens::Given)
     }
 
     fn greedy(

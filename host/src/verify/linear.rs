@@ -35,12 +35,12 @@ pub(super) fn check(model: &Model, counts: &[usize], head_counts: &[usize]) -> R
         let shape = (weight.n(), weight.k());
         let counts = if name == "head" { head_counts } else { counts };
         // The gate's output is the only one that is rounded to bf16; the plain chain exists for f32 alone.
-        let (wrong, values) = match (device.is_cuda(), name) {
+        let (wrong, values) = match (device.tensor_cores(), name) {
             (false, _) => compare::<f32>(device, shape, counts, ops::linear_plain)?,
             (true, "gate and up") => compare::<bf16>(device, shape, counts, ops::linear_kernel)?,
             (true, _) => compare::<f32>(device, shape, counts, ops::linear_kernel)?,
         };
-        let (chain, served) = match (device.is_cuda(), device.linear_backend()) {
+        let (chain, served) = match (device.tensor_cores(), device.linear_backend()) {
             (true, LinearBackend::CublasLt) => ("k16 tensor-core chain", "cuBLASLt"),
             (true, LinearBackend::Kernel) => ("k16 tensor-core chain", "our kernel"),
             (false, _) => ("plain chain", "the CPU's linear layer"),
