@@ -46,18 +46,20 @@ fn logits_blocks(device: &Device) -> usize {
 /// Whether the kernels of this file take a model's shapes on this device, at [`FEW`] tokens.
 #[must_use]
 pub fn few_fits(device: &Device, heads: HeadShape, hidden: usize, ffn: usize) -> bool {
-    let segments = contract::segments(hidden, ffn);
+    let (attended, down) = (heads.query_width(), contract::segments(hidden, ffn));
+    let output = contract::segments(hidden, attended);
+    let residual = |width: usize, segments: usize| shared(width, segments, 1, few::RESIDUAL_DEPTH) + segments * 512;
     let most = [
         shared(hidden, few::NARROW.warps, 2, few::NARROW.depth),
         shared(hidden, few::WIDE.warps, 2, few::WIDE.depth),
-        shared(heads.query_width().max(ffn), segments, 1, few::RESIDUAL_DEPTH) + segments * 512,
+        residual(attended, output),
+        residual(ffn, down),
         shared(hidden, few::LOGITS_WARPS, 1, few::LOGITS_DEPTH) + 256,
     ];
     hidden.is_multiple_of(few::STAGE)
-        && heads.query_width().is_multiple_of(few::STAGE)
-        && ffn.is_multiple_of(few::STAGE * segments)
+        && attended.is_multiple_of(few::STAGE * output)
+        && ffn.is_multiple_of(few::STAGE * down)
         && heads.width.is_multiple_of(32)
-        && contract::segments(hidden, heads.query_width()) == 1
         && most.into_iter().all(|bytes| bytes <= device.shared_bytes_per_block())
 }
 
