@@ -427,6 +427,34 @@ mod tests {
     }
 
     #[test]
+    fn segments_are_chains_of_their_own() {
+        for (m, n, k, segments) in [(1, 17, 8, 4), (3, 64, 30, 2), (6, 33, 66, 3), (7, 129, 128, 4), (40, 31, 5, 1)] {
+            let case = Case::new(m, n, k);
+            let part = k / segments;
+            let (sums, magnitudes) = case.oracle();
+            let mut expected = Vec::new();
+            for index in 0..segments * m * n {
+                let (segment, row, feature) = (index / n / m, index / n % m, index % n);
+                expected.push((segment * part..(segment + 1) * part).fold(0.0_f32, |sum, index| {
+                    case.x[row * k + index].to_f32().mul_add(case.weight[feature * k + index].to_f32(), sum)
+                }));
+            }
+            for path in [Path::detect(), Path::Portable] {
+                let mut out = vec![f32::NAN; segments * m * n];
+                let scratch = &mut Vec::new();
+                case.packed.multiply_by(path, &case.executor, scratch, &case.x, m, segments, &mut out);
+                assert_bits(&out, &expected);
+                // All parts together are the product.
+                for index in 0..m * n {
+                    let sum: f64 = out[index..].iter().step_by(m * n).map(|&part| f64::from(part)).sum();
+                    let absolute = magnitudes[index] * k as f64 / f64::from(1 << 24);
+                    assert!((sum - sums[index]).abs() <= absolute, "{sum} {}", sums[index]);
+                }
+            }
+        }
+    }
+
+    #[test]
     fn the_order_of_k_matters() {
         // The canary: reversing k must change some bit, or the tests above would accept any order.
         let (n, k) = (33, 129);
