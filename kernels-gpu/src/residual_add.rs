@@ -23,7 +23,7 @@ fn add<const PARTS: usize>(residual: InOut<f32>, parts: In<f32>) {
             }
         }
         for element in 0..4 {
-            sums[element] = before[element] + sums[element];
+            sums[element] += before[element];
         }
         residual.store(index, sums);
     }

@@ -41,7 +41,7 @@ fn add_and_normalise<const PLACES: usize>(
                 }
             }
             for index in 0..8 {
-                sum[index] = loaded[0][index] + sum[index];
+                sum[index] += loaded[0][index];
             }
             let [a, b, c, d, e, f, g, h] = sum;
             residual.store(row + column, [a, b, c, d]);

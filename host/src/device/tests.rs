@@ -276,6 +276,7 @@ fn parts_of_a_linear_layer_check_shapes_and_write_only_their_output() {
     let found = device.download(&out).unwrap();
     assert!(found[0].is_nan() && found[len + 1].is_nan());
     assert!(found[1..=len].iter().all(|&value| value == 3.0), "{found:?}");
+    let mut out = device.alloc_unwritten::<f32>(5 * m * n, MemoryKind::Activations, "out").unwrap();
     for (segments, outputs) in [(4, len - 1), (4, m * n), (1, len), (0, 0), (5, 5 * m * n), (2, len)] {
         let out = out.slice_mut(..outputs).unwrap();
         assert_code(device.linear_parts(&x, &weight, segments, out), ErrorCode::InvalidParameter);

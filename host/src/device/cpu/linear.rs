@@ -67,7 +67,7 @@ impl<O: LinearOutput> Output<O> {
     ///
     /// # Safety
     /// The row is there.
-    unsafe fn from_row(&self, row: usize) -> Self {
+    unsafe fn at_row(&self, row: usize) -> Self {
         // SAFETY: inside the output by contract.
         Self { pointer: unsafe { self.pointer.add(row * self.n) }, n: self.n }
     }
@@ -144,7 +144,7 @@ impl PackedWeight {
             let (segment, first) = (task / tasks, task % tasks * TASK_BLOCKS);
             let last = (first + TASK_BLOCKS).min(blocks);
             // SAFETY: the output has a matrix of `m` rows for each segment.
-            let output = unsafe { all.from_row(segment * m) };
+            let output = unsafe { all.at_row(segment * m) };
             // SAFETY: the task's blocks of its segment are its own, and `x` has `m` rows of `k`.
             unsafe { self.task(path, first..last, segment * part..(segment + 1) * part, x, m, &output) };
         });
