@@ -207,10 +207,22 @@ pub(crate) fn residual(rig: &mut Rig) {
             }
             let expected: Vec<f32> = before.iter().zip(&expected).map(|(before, sum)| before + sum).collect();
 
+            // The same through the operations of many rows.
             let (x, mut out) = (rig.filled(&x), rig.filled(&before));
+            let mut parts = rig.unwritten(segments * tokens * hidden);
+            let rows = rig.filled(&rows);
+            ops::linear_parts_kernel(&device, &x.view(), &rows.view(), &mut parts.view_mut(), width).unwrap();
+            let (mut stream, mut out_norm) = (rig.filled(&before), rig.unwritten::<bf16>(tokens * hidden));
+            let gain = rig.filled(&rng.bf16s(hidden));
+            let (residual, rounded) = (&mut stream.view_mut(), &mut out_norm.view_mut());
+            ops::residual_norm(&device, residual, &parts.view(), &gain.view(), rounded, EPS).unwrap();
+            assert_same(&rig.download(&stream), &expected, "residual_norm of parts");
+
             ops::few_residual_in(&device, segments, &x.view(), &layer, Some(&layer), &mut out.view_mut()).unwrap();
             let what = format!("{tokens} tokens of {width} x {hidden} in {segments} segments");
             assert_same(&rig.read(name, &out), &expected, &what);
+            let fused = normed(rig, &out, &gain, tokens * hidden);
+            assert_same(&rig.download(&out_norm), &rig.download(&fused), &what);
         }
     }
 }

@@ -387,10 +387,59 @@ impl Device {
         out: impl Into<SliceMut<'b, O>>,
     ) -> Result<(), DeviceError> {
         let (x, mut out) = (x.into(), out.into());
-        let m = self.check_linear(&x, weight, &out)?;
+        let m = self.check_linear(&x, weight, 1, &out)?;
         match self {
-            Self::Cpu(device) => device.linear(x, m, weight, &mut out),
-            Self::Cuda(device) => device.linear(x, m, weight, &mut out, None),
+            Self::Cpu(device) => device.linear(x, m, weight, 1, &mut out),
+            Self::Cuda(device) => device.linear(x, m, weight, O::TYPE, &mut out, None),
+        }
+    }
+
+    /// The parts of a linear layer: [`linear`](Self::linear) over each of so many equal, consecutive segments of k, into
+    /// `out[s, m, n]`.
+    ///
+    /// # Errors
+    /// As for `linear`.
+    pub fn linear_parts<'a, 'b>(
+        &self,
+        x: impl Into<Slice<'a, bf16>>,
+        weight: &Weight,
+        segments: usize,
+        out: impl Into<SliceMut<'b, f32>>,
+    ) -> Result<(), DeviceError> {
+        self.parts(x.into(), weight, segments, &mut out.into(), None)
+    }
+
+    /// [`linear_parts`](Self::linear_parts) with one of the [`linear_algorithms`](Self::linear_algorithms) for
+    /// [`OutputType::Parts`].
+    ///
+    /// # Errors
+    /// As for `linear`, and when there is no such algorithm.
+    pub fn linear_parts_with_algorithm<'a, 'b>(
+        &self,
+        index: usize,
+        x: impl Into<Slice<'a, bf16>>,
+        weight: &Weight,
+        segments: usize,
+        out: impl Into<SliceMut<'b, f32>>,
+    ) -> Result<(), DeviceError> {
+        self.parts(x.into(), weight, segments, &mut out.into(), Some(index))
+    }
+
+    fn parts(
+        &self,
+        x: Slice<'_, bf16>,
+        weight: &Weight,
+        segments: usize,
+        out: &mut SliceMut<'_, f32>,
+        algorithm: Option<usize>,
+    ) -> Result<(), DeviceError> {
+        let m = self.check_linear(&x, weight, segments, out)?;
+        match self {
+            Self::Cpu(device) => {
+                one_algorithm(algorithm)?;
+                device.linear(x, m, weight, segments, out)
+            }
+            Self::Cuda(device) => device.linear(x, m, weight, OutputType::Parts(segments), out, algorithm),
         }
     }
 
@@ -406,11 +455,13 @@ impl Device {
         out: impl Into<SliceMut<'b, O>>,
     ) -> Result<(), DeviceError> {
         let (x, mut out) = (x.into(), out.into());
-        let m = self.check_linear(&x, weight, &out)?;
+        let m = self.check_linear(&x, weight, 1, &out)?;
         match self {
-            Self::Cpu(device) if index == 0 => device.linear(x, m, weight, &mut out),
-            Self::Cpu(_) => Err(DeviceError::InvalidParameter(format!("the CPU has one algorithm, not {index}"))),
-            Self::Cuda(device) => device.linear(x, m, weight, &mut out, Some(index)),
+            Self::Cpu(device) => {
+                one_algorithm(Some(index))?;
+                device.linear(x, m, weight, 1, &mut out)
+            }
+            Self::Cuda(device) => device.linear(x, m, weight, O::TYPE, &mut out, Some(index)),
         }
     }
 
@@ -487,11 +538,20 @@ impl Device {
         &self,
         x: &Slice<'_, bf16>,
         weight: &Weight,
+        segments: usize,
         out: &SliceMut<'_, O>,
     ) -> Result<usize, DeviceError> {
         self.check_view(x.device())?;
         self.check_view(out.device())?;
-        linear::check_shapes(x.len(), weight, out.len())
+        linear::check_shapes(x.len(), weight, segments, out.len())
+    }
+}
+
+/// The CPU's only algorithm is the first.
+fn one_algorithm(index: Option<usize>) -> Result<(), DeviceError> {
+    match index {
+        None | Some(0) => Ok(()),
+        Some(index) => Err(DeviceError::InvalidParameter(format!("the CPU has one algorithm, not {index}"))),
     }
 }
 

@@ -263,7 +263,7 @@ impl Model {
         let mut normed = workspace.normed.slice_mut(..rows * config.hidden)?;
         let mut qkv = workspace.qkv.slice_mut(..rows * heads.qkv_width())?;
         let mut attended = workspace.attended.slice_mut(..rows * heads.query_width())?;
-        let mut delta = workspace.delta.slice_mut(..rows * config.hidden)?;
+        let mut parts = workspace.parts.as_slice_mut();
         let mut gate_up = workspace.gate_up.slice_mut(..rows * 2 * config.ffn)?;
         let mut gated = workspace.gated.slice_mut(..rows * config.ffn)?;
         let mut head_normed = workspace.head_normed.slice_mut(..rows * config.hidden)?;
@@ -294,17 +294,17 @@ impl Model {
                 heads,
                 spans * PAGE,
             )?;
-            ops::linear(device, &attended.as_slice(), &layer.output, &mut delta)?;
+            let output = ops::linear_to_residual(device, &attended.as_slice(), &layer.output, &mut parts)?;
             let gain = layer.post_norm.as_slice();
-            ops::residual_norm(device, &mut residual, &delta.as_slice(), &gain, &mut normed, eps)?;
+            ops::residual_norm(device, &mut residual, &output, &gain, &mut normed, eps)?;
             ops::linear(device, &normed.as_slice(), &layer.gate_up, &mut gate_up)?;
             ops::silu_mul(device, &gate_up.as_slice(), &mut gated, config.ffn)?;
-            ops::linear(device, &gated.as_slice(), &layer.down, &mut delta)?;
+            let down = ops::linear_to_residual(device, &gated.as_slice(), &layer.down, &mut parts)?;
             let (gain, out) = match self.parameters.layers.get(index + 1) {
                 Some(next) => (&next.input_norm, &mut normed),
                 None => (&self.parameters.final_norm, &mut head_normed),
             };
-            ops::residual_norm(device, &mut residual, &delta.as_slice(), &gain.as_slice(), out, eps)?;
+            ops::residual_norm(device, &mut residual, &down, &gain.as_slice(), out, eps)?;
         }
         let mut logits = workspace.logits.slice_mut(..rows * config.vocab)?;
         ops::linear(device, &head_normed.as_slice(), self.head(), &mut logits)?;

@@ -23,4 +23,4 @@ pub use error::ModelError;
 pub use kv_cache::KvCache;
 pub use load::LoadError;
 pub use rope::{Rope, RopeScaling, RopeTable};
-pub use transformer::{Model, Prefill, Step, StepLimits, Workspace};
+pub use transformer::{LinearLayer, Model, Prefill, Step, StepLimits, Workspace};

@@ -11,7 +11,7 @@ use half::bf16;
 use super::decode::{Recordings, Tokens, Wanted, Ways};
 use super::load::{self, LoadError, Parameters};
 use super::{Checkpoint, KvCache, ModelConfig};
-use crate::device::{Buffer, Device, DeviceError, MemoryKind, Slice, Weight};
+use crate::device::{Buffer, Device, DeviceError, MemoryKind, Slice, Weight, contract};
 use crate::ops::{self, DecodeScratch, HeadShape, PAGE, PagesMut, Places, PrefillTiles, Segment};
 
 /// A model on a device.
@@ -25,6 +25,28 @@ pub struct Model {
     pub(super) rope_table: Buffer<f32>,
     /// How it computes decode steps.
     pub(super) ways: Ways,
+}
+
+/// A linear layer of a model.
+#[derive(Clone, Copy, Debug)]
+pub struct LinearLayer<'a> {
+    /// What it is called.
+    pub name: &'static str,
+    /// Its weight.
+    pub weight: &'a Weight,
+    /// The segments of K that the contract gives it.
+    pub segments: usize,
+}
+
+impl<'a> LinearLayer<'a> {
+    fn whole(name: &'static str, weight: &'a Weight) -> Self {
+        Self { name, weight, segments: 1 }
+    }
+
+    /// One whose output is added to the residual stream.
+    fn to_residual(name: &'static str, weight: &'a Weight) -> Self {
+        Self { name, weight, segments: contract::segments(weight.n(), weight.k()) }
+    }
 }
 
 /// Some rows of a step that are consecutive tokens of one sequence, more than one or not.
@@ -94,7 +116,8 @@ pub struct Workspace {
     pub(super) partials: Buffer<f32>,
     pub(super) counters: Buffer<u32>,
     pub(super) attended: Buffer<bf16>,
-    pub(super) delta: Buffer<f32>,
+    /// A layer's output in as many parts as the contract has segments.
+    pub(super) parts: Buffer<f32>,
     pub(super) gate_up: Buffer<bf16>,
     pub(super) gated: Buffer<bf16>,
     head_rows: Buffer<f32>,
@@ -172,17 +195,17 @@ impl Model {
         }
     }
 
-    /// Every linear layer of the first block, and the head, by name: the shapes whose numeric contract is tested.
+    /// Every linear layer of the first block, and the head: the shapes whose numeric contract is tested.
     #[must_use]
-    pub fn linear_layers(&self) -> Vec<(&'static str, &Weight)> {
+    pub fn linear_layers(&self) -> Vec<LinearLayer<'_>> {
         let mut layers = Vec::new();
         if let Some(layer) = self.parameters.layers.first() {
-            layers.push(("qkv", &layer.qkv));
-            layers.push(("attention output", &layer.output));
-            layers.push(("gate and up", &layer.gate_up));
-            layers.push(("down", &layer.down));
+            layers.push(LinearLayer::whole("qkv", &layer.qkv));
+            layers.push(LinearLayer::to_residual("attention output", &layer.output));
+            layers.push(LinearLayer::whole("gate and up", &layer.gate_up));
+            layers.push(LinearLayer::to_residual("down", &layer.down));
         }
-        layers.push(("head", self.head()));
+        layers.push(LinearLayer::whole("head", self.head()));
         layers
     }
 
@@ -206,6 +229,8 @@ impl Model {
         let tiles = PrefillTiles::max_numbers(limits.rows);
         let indices = 3 * limits.rows + limits.logits_rows + limits.table_entries + tiles;
         let counters = ops::counters_len(heads, limits.decode_rows.max(1));
+        let segments = |k| contract::segments(config.hidden, k);
+        let most_segments = segments(heads.query_width()).max(segments(config.ffn));
         let activation = |len: usize, label: &str| device.alloc_unwritten::<f32>(len, MemoryKind::Activations, label);
         let operand = |len: usize, label: &str| device.alloc_unwritten::<bf16>(len, MemoryKind::Activations, label);
         Ok(Workspace {
@@ -218,7 +243,7 @@ impl Model {
             partials: activation(bounded_partials, "attention partials")?,
             counters: device.alloc(counters, MemoryKind::Activations, "attention counters")?,
             attended: operand(limits.rows * heads.query_width(), "attention output")?,
-            delta: activation(limits.rows * config.hidden, "layer output")?,
+            parts: activation(most_segments * limits.rows * config.hidden, "parts of a layer's output")?,
             gate_up: operand(limits.rows * 2 * config.ffn, "gate and up")?,
             gated: operand(limits.rows * config.ffn, "gated")?,
             head_rows: activation(limits.logits_rows * config.hidden, "rows with logits")?,
@@ -330,7 +355,7 @@ impl Model {
         }
         device.upload(workspace.indices.slice_mut(..workspace.staging.len())?, &workspace.staging)?;
         workspace.take_tokens(device, tokens, rows)?;
-        let Workspace { indices, residual, normed, qkv, partials, counters, attended, delta, gate_up, gated, .. } =
+        let Workspace { indices, residual, normed, qkv, partials, counters, attended, parts, gate_up, gated, .. } =
             workspace;
         let tokens = indices.slice(..rows)?;
         let tables_end = 3 * rows + step.page_tables.len();
@@ -346,7 +371,7 @@ impl Model {
         let mut normed = normed.slice_mut(..rows * hidden)?;
         let mut qkv = qkv.slice_mut(..rows * heads.qkv_width())?;
         let mut attended = attended.slice_mut(..rows * heads.query_width())?;
-        let mut delta = delta.slice_mut(..rows * hidden)?;
+        let mut parts = parts.as_slice_mut();
         let mut gate_up = gate_up.slice_mut(..rows * 2 * config.ffn)?;
         let mut gated = gated.slice_mut(..rows * config.ffn)?;
         let groups = decode_groups(&step.positions[..step.decode_rows], heads, partials.len());
@@ -389,18 +414,18 @@ impl Model {
                     heads,
                 )?;
             }
-            ops::linear(device, &attended.as_slice(), &layer.output, &mut delta)?;
+            let output = ops::linear_to_residual(device, &attended.as_slice(), &layer.output, &mut parts)?;
             let gain = layer.post_norm.as_slice();
-            ops::residual_norm(device, &mut residual, &delta.as_slice(), &gain, &mut normed, eps)?;
+            ops::residual_norm(device, &mut residual, &output, &gain, &mut normed, eps)?;
             ops::linear(device, &normed.as_slice(), &layer.gate_up, &mut gate_up)?;
             ops::silu_mul(device, &gate_up.as_slice(), &mut gated, config.ffn)?;
-            ops::linear(device, &gated.as_slice(), &layer.down, &mut delta)?;
+            let down = ops::linear_to_residual(device, &gated.as_slice(), &layer.down, &mut parts)?;
             if let Some(next) = self.parameters.layers.get(index + 1) {
                 let gain = next.input_norm.as_slice();
-                ops::residual_norm(device, &mut residual, &delta.as_slice(), &gain, &mut normed, eps)?;
+                ops::residual_norm(device, &mut residual, &down, &gain, &mut normed, eps)?;
             } else {
                 // Only the rows with logits are normalised after the last layer.
-                ops::residual_add(device, &mut residual, &delta.as_slice())?;
+                ops::residual_add(device, &mut residual, &down)?;
             }
         }
 
@@ -506,7 +531,7 @@ impl Workspace {
             qkv,
             partials,
             attended,
-            delta,
+            parts,
             gate_up,
             gated,
             head_rows,
@@ -521,7 +546,7 @@ impl Workspace {
             recordings: _,
             counters: _,
         } = self;
-        for buffer in [residual, qkv, partials, delta, head_rows, logits] {
+        for buffer in [residual, qkv, partials, parts, head_rows, logits] {
             let poison = vec![f32::NAN; buffer.len()];
             device.upload(buffer, &poison)?;
         }

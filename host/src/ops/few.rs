@@ -46,18 +46,20 @@ fn logits_blocks(device: &Device) -> usize {
 /// Whether the kernels of this file take a model's shapes on this device, at [`FEW`] tokens.
 #[must_use]
 pub fn few_fits(device: &Device, heads: HeadShape, hidden: usize, ffn: usize) -> bool {
-    let segments = contract::segments(hidden, ffn);
+    let (attended, down) = (heads.query_width(), contract::segments(hidden, ffn));
+    let output = contract::segments(hidden, attended);
+    let residual = |width, segments| shared_bytes(FEW, width, few::residual_layout(segments)) + segments * 512;
     let most = [
         shared_bytes(FEW, hidden, few::QKV),
         shared_bytes(FEW, hidden, few::GATE_UP),
-        shared_bytes(FEW, heads.query_width().max(ffn), few::residual_layout(segments)) + segments * 512,
+        residual(attended, output),
+        residual(ffn, down),
         shared_bytes(FEW, hidden, few::LOGITS) + 256,
     ];
     hidden.is_multiple_of(few::STAGE)
-        && heads.query_width().is_multiple_of(few::STAGE)
-        && ffn.is_multiple_of(few::STAGE * segments)
+        && attended.is_multiple_of(few::STAGE * output)
+        && ffn.is_multiple_of(few::STAGE * down)
         && heads.width.is_multiple_of(32)
-        && contract::segments(hidden, heads.query_width()) == 1
         && most.into_iter().all(|bytes| bytes <= device.shared_bytes_per_block())
 }
 

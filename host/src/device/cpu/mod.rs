@@ -243,6 +243,7 @@ impl Cpu {
         x: Slice<'_, bf16>,
         m: usize,
         weight: &Weight,
+        segments: usize,
         out: &mut SliceMut<'_, O>,
     ) -> Result<(), DeviceError> {
         self.healthy()?;
@@ -259,7 +260,7 @@ impl Cpu {
         }
         mark_written(out);
         let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-        packed.multiply(&self.executor, &mut scratch, values(x), m, values_mut(out));
+        packed.multiply(&self.executor, &mut scratch, values(x), m, segments, values_mut(out));
         Ok(())
     }
 }
