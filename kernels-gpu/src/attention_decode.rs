@@ -18,10 +18,20 @@ const _: () = assert!(WARPS == TOKEN_STEPS);
 /// Query heads that share a KV head, at most: the rows of a tile.
 pub const MAX_RATIO: usize = 16;
 
-/// Query heads that a block merges at once: a thread has four columns of one.
+/// Query heads that a block merges at once: a thread has four columns of one. More than 8 would not fit the registers.
 const fn merged_heads(width: usize) -> usize {
-    THREADS * 4 / width
+    if width < 64 { 8 } else { THREADS * 4 / width }
 }
+
+/// Spans whose factors are computed at once: two for each lane of a warp.
+const SCAN: usize = 64;
+
+/// Spans whose outputs a thread that merges has under way.
+const AHEAD: usize = 16;
+const _: () = assert!(SCAN.is_multiple_of(AHEAD));
+
+/// Elements from a head's factors to the next one's, which are in other banks.
+const FACTOR_ROW: usize = (SCAN + 1) * 4;
 
 /// Shared memory of a block.
 #[derive(Clone, Copy)]
@@ -38,7 +48,7 @@ struct Tiles {
     pairs: Shared<u32>,
     /// How many blocks of the row and KV head had ended before this one.
     arrived: Shared<u32>,
-    /// \[threads, 4\]: what a head's spans are rescaled by, and their sums.
+    /// \[merged heads, SCAN + 1, 4\]: what a head's spans are rescaled by, and their sums.
     factors: Shared<f32>,
 }
 
@@ -62,9 +72,9 @@ impl Partials<'_> {
 }
 
 /// One block: the `ratio` query heads that share a KV head, over one span. `STEPS` = D / 16; `OWN` = D / 32, the tiles of
-/// 8 columns that a warp takes of the output; `CHUNK` spans are merged at once.
+/// 8 columns that a warp takes of the output; `SHARE` as in [`merge`].
 #[inline(always)]
-fn decode<const STEPS: usize, const OWN: usize, const CHUNK: usize>(
+fn decode<const STEPS: usize, const OWN: usize, const SHARE: usize>(
     tiles: Tiles,
     q: In<f32>,
     key_pages: In<bf16>,
@@ -246,14 +256,16 @@ fn decode<const STEPS: usize, const OWN: usize, const CHUNK: usize>(
     }
     thread::sync_threads();
     if tiles.arrived.get(0) as usize == spans - 1 {
-        merge::<CHUNK>(memory, tiles.factors, out, first_head, ratio, spans);
+        merge::<SHARE>(memory, tiles.factors, out, first_head, ratio, spans);
     }
 }
 
-/// Merges the spans of `ratio` heads from `first_head` on, in order: the factors of `CHUNK` spans in parallel over heads
-/// and spans (a running maximum is the same in any order), then the sums in parallel over heads and columns.
+/// Merges the spans of `ratio` heads from `first_head` on, in order. Of [`SCAN`] spans at a time the factors are computed in
+/// parallel over heads and spans (a running maximum is the same in any order), then the sums in parallel over heads and
+/// columns. The outputs of [`AHEAD`] spans are always under way: what bounds it is the way from the cache into one
+/// multiprocessor. `SHARE` heads are a warp's, for the factors.
 #[inline(always)]
-fn merge<const CHUNK: usize>(
+fn merge<const SHARE: usize>(
     partials: Partials,
     factors: Shared<f32>,
     out: Out<bf16>,
@@ -263,72 +275,117 @@ fn merge<const CHUNK: usize>(
 ) {
     let (width, heads) = (partials.width, merged_heads(partials.width));
     let thread = thread::thread_idx_x() as usize;
-    let (counted, step) = (thread / CHUNK, thread % CHUNK);
+    let (warp, lane) = (thread::warp_id() as usize, thread::lane_id() as usize);
     let (summed, column) = (thread / (width / 4), thread % (width / 4) * 4);
     let mut done = 0;
     while done < ratio {
         let left = if ratio - done < heads { ratio - done } else { heads };
-        let counted_part = (first_head + done + counted) * partials.spans;
         // Threads without a head of their own read along with the last one's, and write nothing.
         let summed_head = if summed < left { summed } else { left - 1 };
         let summed_part = (first_head + done + summed_head) * partials.spans;
+        let outputs = partials.output(summed_part, column);
         partials.memory.check(partials.output(summed_part, 0), spans * width);
-        let mut before = f32::NEG_INFINITY;
-        let (mut sum, mut values) = (0.0f32, [0.0f32; 4]);
+        // SAFETY: for a span below `spans`: checked above, and column + 4 <= width; 4 columns are 16 bytes.
+        let load = |span: usize| unsafe { partials.memory.load_unchecked::<4>(outputs + span * width) };
+        let mut ahead = [[0.0f32; 4]; AHEAD];
+        for i in 0..AHEAD {
+            if i < spans {
+                ahead[i] = load(i);
+            }
+        }
+        let mut before = [f32::NEG_INFINITY; SHARE];
+        let mut sums = Sums { sum: 0.0, values: [0.0; 4] };
         let mut first = 0;
         while first < spans {
-            // All loads of the chunk are under way at once.
-            let mut parts = [[0.0f32; 4]; CHUNK];
-            for i in 0..CHUNK {
-                if first + i < spans {
-                    // SAFETY: the head's spans were checked above, and column + 4 <= width; 4 columns are 16 bytes.
-                    parts[i] =
-                        unsafe { partials.memory.load_unchecked(partials.output(summed_part + first + i, column)) };
+            let mut statistics = [[[f32::NEG_INFINITY, 0.0]; 2]; SHARE];
+            for share in 0..SHARE {
+                let head = warp + share * WARPS;
+                for half in 0..2 {
+                    let span = first + half * 32 + lane;
+                    if head < left && span < spans {
+                        let part = (first_head + done + head) * partials.spans + span;
+                        statistics[share][half] = partials.memory.load(partials.maximum_and_sum(part));
+                    }
                 }
             }
-            let [max, span_sum] = if counted < left && first + step < spans {
-                partials.memory.load(partials.maximum_and_sum(counted_part + first + step))
-            } else {
-                [f32::NEG_INFINITY, 0.0]
-            };
-            let lane = thread::lane_id();
-            let mut common = before.max(max);
-            let mut distance = 1;
-            while distance < CHUNK {
-                let earlier = warp::shuffle_f32(common, lane.wrapping_sub(distance as u32));
-                if step >= distance {
-                    common = common.max(earlier);
-                }
-                distance *= 2;
-            }
-            let previous = warp::shuffle_f32(common, lane.wrapping_sub(1));
-            let rescale = Rescale::new(if step == 0 { before } else { previous }, max, common);
-            before = warp::shuffle_f32(common, lane | (CHUNK as u32 - 1));
-            factors.store(thread * 4, [rescale.before, rescale.span, span_sum, 0.0]);
-            thread::sync_threads();
-            for i in 0..CHUNK {
-                if first + i < spans {
-                    let [before, span, span_sum, _] = factors.load((summed_head * CHUNK + i) * 4);
-                    let rescale = Rescale { before, span };
-                    sum = combine(rescale, sum, span_sum);
-                    for column in 0..4 {
-                        values[column] = combine(rescale, values[column], parts[i][column]);
+            for share in 0..SHARE {
+                let head = warp + share * WARPS;
+                for half in 0..2 {
+                    let [max, span_sum] = statistics[share][half];
+                    let mut common = before[share].max(max);
+                    let mut distance = 1;
+                    while distance < 32 {
+                        let earlier = warp::shuffle_f32(common, (lane as u32).wrapping_sub(distance as u32));
+                        if lane >= distance {
+                            common = common.max(earlier);
+                        }
+                        distance *= 2;
+                    }
+                    let previous = warp::shuffle_f32(common, (lane as u32).wrapping_sub(1));
+                    let rescale = Rescale::new(if lane == 0 { before[share] } else { previous }, max, common);
+                    before[share] = warp::shuffle_f32(common, 31);
+                    if head < left {
+                        let to = head * FACTOR_ROW + (half * 32 + lane) * 4;
+                        factors.store(to, [rescale.before, rescale.span, span_sum, 0.0]);
                     }
                 }
             }
             thread::sync_threads();
-            first += CHUNK;
+            let end = if spans < first + SCAN { spans } else { first + SCAN };
+            let mut base = first;
+            while base < end {
+                let from = summed_head * FACTOR_ROW + (base - first) * 4;
+                if base + 2 * AHEAD <= spans {
+                    for i in 0..AHEAD {
+                        sums.add(factors.load(from + i * 4), ahead[i]);
+                        ahead[i] = load(base + AHEAD + i);
+                    }
+                } else {
+                    for i in 0..AHEAD {
+                        if base + i < spans {
+                            sums.add(factors.load(from + i * 4), ahead[i]);
+                        }
+                        if base + AHEAD + i < spans {
+                            ahead[i] = load(base + AHEAD + i);
+                        }
+                    }
+                }
+                base += AHEAD;
+            }
+            first += SCAN;
+            if first < spans || done + heads < ratio {
+                thread::sync_threads();
+            }
         }
         if summed < left {
-            let inverse = 1.0 / sum;
-            out.store((first_head + done + summed) * width + column, values.map(|value| f32_to_bf16(value * inverse)));
+            let inverse = 1.0 / sums.sum;
+            let values = sums.values.map(|value| f32_to_bf16(value * inverse));
+            out.store((first_head + done + summed) * width + column, values);
         }
         done += heads;
     }
 }
 
+/// What is merged so far of a head: its sum, and four columns.
+struct Sums {
+    sum: f32,
+    values: [f32; 4],
+}
+
+impl Sums {
+    /// Merges a span, whose factors and sum these are.
+    #[inline(always)]
+    fn add(&mut self, [before, span, span_sum, _]: [f32; 4], output: [f32; 4]) {
+        let rescale = Rescale { before, span };
+        self.sum = combine(rescale, self.sum, span_sum);
+        for column in 0..4 {
+            self.values[column] = combine(rescale, self.values[column], output[column]);
+        }
+    }
+}
+
 macro_rules! decode_kernel {
-    ($name:ident, $width:literal, $chunk:literal) => {
+    ($name:ident, $width:literal) => {
         /// Attention of one token per row over its context, for every KV head: see [`crate::attention`].
         ///
         /// - `q`: f32 \[T, q_stride\], query heads from column 0 on, rounded to bf16 here; pages as in
@@ -341,7 +398,7 @@ macro_rules! decode_kernel {
         /// - the caller: `ratio` = H / G is at most 16; the grid has a block for each span of the longest context; `q` and
         ///   pages are multiples of 16 bytes. Read before the kernels ahead have ended: `positions`, the tables, and the
         ///   pages' tokens before a row's own, so no kernel that may still run writes these.
-        #[kernel(block = 128, min_blocks = 4)]
+        #[kernel(block = 128, min_blocks = 3)]
         pub fn $name(
             q: In<f32>,
             key_pages: In<bf16>,
@@ -364,10 +421,9 @@ macro_rules! decode_kernel {
                 maxima: shared_array!(f32, WARPS * MAX_RATIO),
                 pairs: shared_array!(u32, THREADS * 4),
                 arrived: shared_array!(u32, 1),
-                factors: shared_array!(f32, THREADS * 4),
+                factors: shared_array!(f32, merged_heads($width) * FACTOR_ROW),
             };
-            const { assert!($chunk * merged_heads($width) <= THREADS) };
-            decode::<{ $width / 16 }, { $width / 32 }, $chunk>(
+            decode::<{ $width / 16 }, { $width / 32 }, { merged_heads($width).div_ceil(WARPS) }>(
                 tiles,
                 q,
                 key_pages,
@@ -386,7 +442,7 @@ macro_rules! decode_kernel {
         }
     };
 }
-decode_kernel!(attention_decode_32, 32, 8);
-decode_kernel!(attention_decode_64, 64, 8);
-decode_kernel!(attention_decode_96, 96, 8);
-decode_kernel!(attention_decode_128, 128, 8);
+decode_kernel!(attention_decode_32, 32);
+decode_kernel!(attention_decode_64, 64);
+decode_kernel!(attention_decode_96, 96);
+decode_kernel!(attention_decode_128, 128);

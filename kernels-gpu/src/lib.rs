@@ -11,7 +11,7 @@
 //! | `rms_norm`, `residual_norm` | normalisation, by itself and of a sum |
 //! | `linear` | linear layers: the tensor-core chain, and a plain one |
 //! | `rotary_kv_write` | between the QKV layer and attention; `bias_add`, `rotary`, `kv_write` define it |
-//! | `attention` | the definition; `attention_prefill` and `attention_decode` meet it |
+//! | `attention` | the definition; `attention_prefill`, `attention_decode` and `attention_decode_short` meet it |
 //! | `residual_add`, `silu_mul` | around the feed-forward layers |
 //! | `gather_rows` | the rows whose logits are needed |
 //! | `penalties`, `argmax`, `sample`, `log_probs` | from logits to a token (`rank`, `row_parameters`, `philox`, `quads`: their parts) |
@@ -28,6 +28,7 @@
 pub mod argmax;
 pub mod attention;
 pub mod attention_decode;
+pub mod attention_decode_short;
 pub mod attention_prefill;
 pub mod bias_add;
 pub mod candidates;
@@ -61,6 +62,10 @@ pub const KERNELS: &[&cuda_std::launch::KernelDesc] = &[
     attention_decode::attention_decode_64::KERNEL,
     attention_decode::attention_decode_96::KERNEL,
     attention_decode::attention_decode_128::KERNEL,
+    attention_decode_short::attention_decode_short_32::KERNEL,
+    attention_decode_short::attention_decode_short_64::KERNEL,
+    attention_decode_short::attention_decode_short_96::KERNEL,
+    attention_decode_short::attention_decode_short_128::KERNEL,
     attention_prefill::attention_prefill_32::KERNEL,
     attention_prefill::attention_prefill_64::KERNEL,
     attention_prefill::attention_prefill_96::KERNEL,

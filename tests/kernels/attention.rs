@@ -2,7 +2,7 @@
 
 use cuda_std::math;
 use half::bf16;
-use host::ops::{self, DecodeScratch, HeadShape, NO_ROW, PAGE, Pages, PrefillTiles, Segment};
+use host::ops::{self, DecodeBlocks, DecodeScratch, HeadShape, NO_ROW, PAGE, Pages, PrefillTiles, Segment};
 use host::testing::{TestRng, Tolerance, assert_close};
 
 use crate::compare::assert_same;
@@ -248,7 +248,8 @@ impl Cache {
         self.decode_padded(rig, sequences, rows, 0, 0)
     }
 
-    /// The same with `padding` rows that are none before the last row, and `more` tokens of context than there are.
+    /// The same with `padding` rows that are none before the last row, and `more` tokens of context than there are, in both
+    /// layouts.
     fn decode_padded(
         &self,
         rig: &mut Rig,
@@ -256,6 +257,21 @@ impl Cache {
         rows: &[(usize, usize)],
         padding: usize,
         more: usize,
+    ) -> Vec<bf16> {
+        let alone = self.decode_in(rig, sequences, rows, padding, more, DecodeBlocks::PerContext);
+        let shared = self.decode_in(rig, sequences, rows, padding, more, DecodeBlocks::PerSpan);
+        assert_same(&alone, &shared, "a block per context and a block per span");
+        shared
+    }
+
+    fn decode_in(
+        &self,
+        rig: &mut Rig,
+        sequences: &[&Sequence],
+        rows: &[(usize, usize)],
+        padding: usize,
+        more: usize,
+        blocks: DecodeBlocks,
     ) -> Vec<bf16> {
         let heads = sequences[0].heads;
         let mut qkv = Vec::new();
@@ -277,8 +293,9 @@ impl Cache {
         let mut scratch = DecodeScratch { partials: partials.view_mut(), counters: counters.view_mut() };
         // Twice with the same counters, as the layers of a step use them.
         for _ in 0..2 {
-            ops::attention_decode(
+            ops::attention_decode_in(
                 &rig.device,
+                blocks,
                 &rig.filled(&qkv).view(),
                 self.pages(),
                 &rig.filled(&positions).view(),
@@ -293,11 +310,15 @@ impl Cache {
         }
         rig.download(&partials);
         assert!(rig.download(&counters).iter().all(|&count| count == 0), "counters are 0 again");
-        let kernel = match heads.width {
-            32 => "attention_decode_32",
-            64 => "attention_decode_64",
-            96 => "attention_decode_96",
-            _ => "attention_decode_128",
+        let kernel = match (heads.width, blocks) {
+            (32, DecodeBlocks::PerSpan) => "attention_decode_32",
+            (64, DecodeBlocks::PerSpan) => "attention_decode_64",
+            (96, DecodeBlocks::PerSpan) => "attention_decode_96",
+            (_, DecodeBlocks::PerSpan) => "attention_decode_128",
+            (32, DecodeBlocks::PerContext) => "attention_decode_short_32",
+            (64, DecodeBlocks::PerContext) => "attention_decode_short_64",
+            (96, DecodeBlocks::PerContext) => "attention_decode_short_96",
+            (_, DecodeBlocks::PerContext) => "attention_decode_short_128",
         };
         let width = heads.query_width();
         let mut values = rig.download(&out);
@@ -397,6 +418,53 @@ pub(crate) fn bits(rig: &mut Rig) {
     }
 }
 
+/// Contexts of one span to more than are merged at once, ending at odd places, in ratios from 1 to 16: both layouts of decode
+/// give the bits of the definition (on a GPU, of prefill).
+pub(crate) fn spans(rig: &mut Rig) {
+    let contexts = rig.pick(
+        &[1, 8, 64, 130, 330][..],
+        &[1, 7, 9, 57, 64, 65, 131, 193, 256, 257, 319, 449, 512, 577, 1025, 2200, 4097, 4500],
+    );
+    // One shape merges more spans than have their factors computed at once.
+    let shapes = rig.pick(
+        vec![(16, 1, 64, 330), (3, 1, 128, 330)],
+        vec![
+            (14, 2, 64, 4500),
+            (1, 1, 64, 600),
+            (16, 1, 64, 600),
+            (16, 1, 32, 1025),
+            (7, 1, 96, 600),
+            (8, 2, 128, 600),
+            (16, 1, 128, 600),
+        ],
+    );
+    for (query_heads, kv_heads, width, longest) in shapes {
+        let heads = HeadShape { query_heads, kv_heads, width };
+        let contexts: Vec<usize> = contexts.iter().copied().filter(|&context| context <= longest).collect();
+        let mut rng = TestRng::new(43);
+        let tokens = *contexts.iter().max().unwrap();
+        let sequence = Sequence::new(&mut rng, heads, tokens);
+        // The pages hold later tokens already: none of them may be seen.
+        let cache = Cache::new(rig, &[&sequence], 44);
+        for batch in contexts.chunks(6) {
+            let rows: Vec<(usize, usize)> = batch.iter().map(|&context| (0, context - 1)).collect();
+            let decoded = cache.decode(rig, &[&sequence], &rows);
+            for (&(_, position), result) in rows.iter().zip(decoded.chunks(heads.query_width())) {
+                sequence.check_bits(rig, result, std::iter::once(position));
+                let filled = cache.prefill(rig, 0, &sequence, position, 1);
+                assert_same(result, &filled, "decode and prefill");
+            }
+        }
+        // Pages that end with the row's own token, and NaN behind it.
+        for &context in contexts.iter().filter(|&&context| context < 600) {
+            let sequence = Sequence { heads, qkv: sequence.qkv[..context * heads.qkv_width()].to_vec() };
+            let cache = Cache::new(rig, &[&sequence], 45);
+            let result = cache.decode_padded(rig, &[&sequence], &[(0, context - 1)], 1, 64);
+            sequence.check_bits(rig, &result, std::iter::once(context - 1));
+        }
+    }
+}
+
 /// What comes later changes no bit.
 pub(crate) fn causality(rig: &mut Rig) {
     let (tokens, seen) = rig.pick((20, 14), (150, 95));
@@ -470,4 +538,78 @@ fn tiles_cover_every_row_once() {
     assert_eq!(wide.numbers, tiles(true));
     let ends: Vec<u32> = tiles(true).chunks(4).map(|tile| (tile[2] + tile[1]).div_ceil(64)).collect();
     assert!(ends.is_sorted_by(|a, b| a >= b), "{ends:?}");
+}
+
+/// Microseconds of attention in both layouts, each layer with pages of its own, as many as a model has.
+#[test]
+#[ignore = "a measurement; needs a GPU"]
+fn speed() {
+    use std::time::Instant;
+    const LAYERS: usize = 24;
+    let rig = Rig::cuda();
+    let device = rig.device.clone();
+    for width in [64, 128] {
+        let heads = HeadShape { query_heads: 14, kv_heads: 2, width };
+        for (rows, context) in [
+            (1, 100),
+            (1, 200),
+            (8, 200),
+            (64, 200),
+            (256, 200),
+            (1, 500),
+            (8, 500),
+            (64, 500),
+            (256, 500),
+            (1, 1000),
+            (8, 1000),
+            (64, 1000),
+            (1, 4096),
+            (8, 4096),
+            (1, 32_000),
+        ] {
+            let spans = usize::div_ceil(context, PAGE);
+            let qkv = rig.filled(&TestRng::new(51).f32s(rows * heads.qkv_width()));
+            let mut out = rig.unwritten::<bf16>(rows * heads.query_width());
+            let positions = rig.filled(&vec![context as u32 - 1; rows]);
+            let starts = rig.filled(&(0..rows).map(|row| (row * spans) as u32).collect::<Vec<_>>());
+            let tables = rig.filled(&(0..(rows * spans) as u32).collect::<Vec<_>>());
+            let mut partials = rig.unwritten::<f32>(ops::partials_len(heads, rows, spans));
+            let mut counters = rig.filled(&vec![0u32; ops::counters_len(heads, rows)]);
+            let content = TestRng::new(52).bf16s(rows * spans * heads.page_elements());
+            let layers: Vec<_> = (0..LAYERS).map(|_| (rig.filled(&content), rig.filled(&content))).collect();
+            for blocks in [DecodeBlocks::PerContext, DecodeBlocks::PerSpan] {
+                let mut step = || {
+                    for (keys, values) in &layers {
+                        ops::attention_decode_in(
+                            &device,
+                            blocks,
+                            &qkv.view(),
+                            Pages { keys: keys.view(), values: values.view() },
+                            &positions.view(),
+                            &starts.view(),
+                            &tables.view(),
+                            &mut DecodeScratch { partials: partials.view_mut(), counters: counters.view_mut() },
+                            &mut out.view_mut(),
+                            heads,
+                            context,
+                        )?;
+                    }
+                    Ok(())
+                };
+                let mut recording = host::device::Recording::default();
+                let mut best = f64::INFINITY;
+                for _ in 0..8 {
+                    device.synchronize().unwrap();
+                    let start = Instant::now();
+                    for _ in 0..4 {
+                        device.replay(&mut recording, &mut step).unwrap();
+                    }
+                    device.synchronize().unwrap();
+                    best = best.min(start.elapsed().as_secs_f64() * 1e6 / (4 * LAYERS) as f64);
+                }
+                let chosen = if DecodeBlocks::for_spans(spans, heads) == blocks { ", chosen" } else { "" };
+                println!("D {width}, {rows} rows at {context}, {blocks:?}: {best:.2} us{chosen}");
+            }
+        }
+    }
 }

@@ -5,11 +5,15 @@ use std::collections::BTreeMap;
 use crate::rig::Rig;
 
 /// Kernels whose products go through tensor cores, whose sums are rounded as the hardware likes.
-const TENSOR_CORES: [&str; 21] = [
+const TENSOR_CORES: [&str; 25] = [
     "attention_decode_32",
     "attention_decode_64",
     "attention_decode_96",
     "attention_decode_128",
+    "attention_decode_short_32",
+    "attention_decode_short_64",
+    "attention_decode_short_96",
+    "attention_decode_short_128",
     "attention_prefill_32",
     "attention_prefill_64",
     "attention_prefill_96",

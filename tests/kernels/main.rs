@@ -89,6 +89,7 @@ on_every_device! {
     attention_company: crate::attention::company;
     attention_oracle: crate::attention::oracle;
     attention_bits: crate::attention::bits;
+    attention_spans: crate::attention::spans;
     attention_causality: crate::attention::causality;
     linear_values: crate::linear::values;
     linear_rows: crate::linear::rows;

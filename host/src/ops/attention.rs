@@ -5,6 +5,7 @@ use half::bf16;
 use kernels_gpu::attention::SPAN;
 use kernels_gpu::attention_decode as decode;
 pub use kernels_gpu::attention_decode::NO_ROW;
+use kernels_gpu::attention_decode_short as short;
 use kernels_gpu::attention_prefill as prefill;
 use kernels_gpu::rotary_kv_write as fused;
 
@@ -223,6 +224,24 @@ pub struct DecodeScratch<'a> {
     pub counters: SliceMut<'a, u32>,
 }
 
+/// How [`attention_decode`] shares its work out. It changes no bit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DecodeBlocks {
+    /// A block for all spans of a row and KV head, which needs no scratch memory.
+    PerContext,
+    /// A block for each span; the last one to end merges them.
+    PerSpan,
+}
+
+impl DecodeBlocks {
+    /// The layout for contexts of at most `spans` spans: a block takes two rounds of spans in about the time in which blocks
+    /// of their own hand them over to the last one.
+    #[must_use]
+    pub fn for_spans(spans: usize, heads: HeadShape) -> Self {
+        if spans <= 2 * short::warps(heads.width) { Self::PerContext } else { Self::PerSpan }
+    }
+}
+
 /// Attention of one token per row over its sequence's pages, up to and including its own position.
 ///
 /// `qkv` \[T, (H + 2 G) D\] holds the queries; `out` is \[T, H, D\]. `longest` is the largest context (position + 1) of the
@@ -234,6 +253,28 @@ pub struct DecodeScratch<'a> {
 #[expect(clippy::too_many_arguments, reason = "the kernel's own arguments")]
 pub fn attention_decode(
     device: &Device,
+    qkv: &Slice<'_, f32>,
+    pages: Pages<'_>,
+    positions: &Slice<'_, u32>,
+    row_tables: &Slice<'_, u32>,
+    page_tables: &Slice<'_, u32>,
+    scratch: &mut DecodeScratch<'_>,
+    out: &mut SliceMut<'_, bf16>,
+    heads: HeadShape,
+    longest: usize,
+) -> Result<(), DeviceError> {
+    let blocks = DecodeBlocks::for_spans(longest.div_ceil(SPAN), heads);
+    attention_decode_in(device, blocks, qkv, pages, positions, row_tables, page_tables, scratch, out, heads, longest)
+}
+
+/// [`attention_decode`] in a layout of the caller's choice.
+///
+/// # Errors
+/// As there.
+#[expect(clippy::too_many_arguments, reason = "the kernel's own arguments")]
+pub fn attention_decode_in(
+    device: &Device,
+    blocks: DecodeBlocks,
     qkv: &Slice<'_, f32>,
     pages: Pages<'_>,
     positions: &Slice<'_, u32>,
@@ -259,8 +300,25 @@ pub fn attention_decode(
             scratch.counters.len()
         )
     })?;
-    let grid =
-        Grid { blocks: [size(NAME, spans)?, size(NAME, heads.kv_heads)?, size(NAME, rows)?], dynamic_shared_bytes: 0 };
+    let (stride, kv_heads) = (size(NAME, stride)?, size(NAME, heads.kv_heads)?);
+    let ratio = size(NAME, heads.query_heads / heads.kv_heads)?;
+    if blocks == DecodeBlocks::PerContext {
+        let shared_bytes = size(NAME, short::shared_bytes(heads.width))?;
+        let grid = Grid { blocks: [kv_heads, size(NAME, rows)?, 1], dynamic_shared_bytes: shared_bytes };
+        let kernel = match heads.width {
+            32 => short::attention_decode_short_32::launch,
+            64 => short::attention_decode_short_64::launch,
+            96 => short::attention_decode_short_96::launch,
+            _ => short::attention_decode_short_128::launch,
+        };
+        let (keys, values) = (&pages.keys, &pages.values);
+        let scale = heads.scale();
+        return device.launch(
+            kernel(qkv, keys, values, positions, row_tables, page_tables, out, stride, kv_heads, ratio, scale),
+            grid,
+        );
+    }
+    let grid = Grid { blocks: [size(NAME, spans)?, kv_heads, size(NAME, rows)?], dynamic_shared_bytes: 0 };
     let kernel = match heads.width {
         32 => decode::attention_decode_32::launch,
         64 => decode::attention_decode_64::launch,
@@ -278,9 +336,9 @@ pub fn attention_decode(
             &mut scratch.partials,
             &mut scratch.counters,
             out,
-            size(NAME, stride)?,
-            size(NAME, heads.kv_heads)?,
-            size(NAME, heads.query_heads / heads.kv_heads)?,
+            stride,
+            kv_heads,
+            ratio,
             heads.scale(),
         ),
         grid,

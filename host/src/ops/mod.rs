@@ -13,8 +13,8 @@ mod rows;
 mod sampling;
 
 pub use attention::{
-    DecodeScratch, HeadShape, NO_ROW, Pages, PagesMut, PrefillTiles, Segment, attention_decode, attention_prefill,
-    counters_len, kv_write, partials_len, rotary, rotary_kv_write,
+    DecodeBlocks, DecodeScratch, HeadShape, NO_ROW, Pages, PagesMut, PrefillTiles, Segment, attention_decode,
+    attention_decode_in, attention_prefill, counters_len, kv_write, partials_len, rotary, rotary_kv_write,
 };
 pub use differing::{Comparable, differing};
 pub use elementwise::{bias_add, residual_add, silu_mul};

@@ -61,6 +61,26 @@ index_function!(
     grid_dim_y, "nctaid.y", crate::cpu::grid_dim()[1]
 );
 
+/// [`thread_idx_x`], read anew: what was computed from an earlier reading does not serve for this one. Inside a loop this
+/// keeps the compiler from making many addresses before the loop and holding all of them in registers.
+#[inline(always)]
+#[must_use]
+pub fn thread_idx_x_anew() -> u32 {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let value: u32;
+        // SAFETY: reads a special register. Not `pure`, so that it stays where it is.
+        unsafe {
+            core::arch::asm!("mov.u32 {}, %tid.x;", out(reg32) value, options(nomem, nostack));
+        }
+        value
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        crate::cpu::thread_idx()
+    }
+}
+
 /// The thread's index in its warp, 0 to 31.
 #[inline(always)]
 #[must_use]
