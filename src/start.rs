@@ -82,11 +82,23 @@ pub(crate) fn ready(model: Arc<Model>, options: impl FnOnce(&Device) -> EngineOp
     Ok(Started { engine, model, thread: EngineThread::new(thread) })
 }
 
-/// Opens the device and loads the model onto it, for contexts of the model's own maximum where nothing else is asked for.
+/// How long algorithms of linear layers are timed at most. What is not reached keeps the library's own choice.
+const CHOOSING: Duration = Duration::from_millis(200);
+
+/// Opens the device, loads the model onto it and chooses its algorithms, for contexts of the model's own maximum where nothing
+/// else is asked for.
 pub(crate) fn load(source: &ModelArguments, folder: &Path, context_tokens: Option<usize>) -> anyhow::Result<Model> {
     let device = open(source, folder)?;
     let mut progress = Progress::on_stderr(format!("loading {}", model_folder::name(folder)));
-    Ok(Model::load(&device, folder, context_tokens, &mut |done, total| progress.show(done, total))?)
+    let model = Model::load(&device, folder, context_tokens, &mut |done, total| progress.show(done, total))?;
+    if let Err(error) = model.choose_algorithms(CHOOSING) {
+        // What was not timed keeps the library's own choice; a device that has failed is another matter.
+        if let Some(failure) = device.failure() {
+            return Err(failure.into());
+        }
+        tracing::warn!("the algorithms of the linear layers were not timed: {error}");
+    }
+    Ok(model)
 }
 
 /// Opens the device with the kernels that the model needs.

@@ -10,6 +10,7 @@
 //! | `positions` | rotary embedding, the pages of the KV cache; both in one kernel |
 //! | `attention` | prefill and decode |
 //! | `linear`, `few` | linear layers; their fused forms |
+//! | `prefill` | the layers of a prefill: how long, and the same bits in parts |
 //! | `logits`, `sample` | from logits to a token |
 //! | `ptx` | the kernel images against the table of kernels |
 //! | `bits` | the GPU's bits against the CPU's |
@@ -24,6 +25,7 @@ mod few;
 mod linear;
 mod logits;
 mod positions;
+mod prefill;
 mod ptx;
 mod rig;
 mod rows;

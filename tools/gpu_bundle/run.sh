@@ -60,7 +60,7 @@ for part in "$@"; do
         # cuBLASLt, whose own kernels it reports (the same paths are tested with our linear kernel instead), and the
         # comparison of bits, which only repeats the bodies of the other kernel tests and takes more than five minutes.
         planted='a_fault_stops_the_device_and_stays'
-        cublaslt='cublaslt_|every_algorithm_|threads_may_share|keeps_the_contract|agrees_with_transformers_on_the_gpu|can_tell_its_company|answers_as_it_did|bits::'
+        cublaslt='cublaslt_|every_algorithm_|a_choice_by_timing_|prefill::|threads_may_share|keeps_the_contract|agrees_with_transformers_on_the_gpu|can_tell_its_company|answers_as_it_did|bits::'
         for tool in racecheck memcheck initcheck; do
             # Whole models take longest: they start first.
             for test in "$folder"/tests/{batch,small_models,verify,host,kernels}; do

@@ -21,14 +21,16 @@ pub mod contract {
     /// short there is little to win, and a step of many rows writes and reads every part. 64 divides a segment so that
     /// kernels load it in whole stages.
     #[must_use]
-    pub fn segments(n: usize, k: usize) -> usize {
-        let most = match n {
-            0..=1024 => 4,
-            1025..=2048 => 2,
-            _ => 1,
-        };
-        let fits = |segments: &usize| *segments <= most && k >= 2048 && k.is_multiple_of(64 * segments);
-        [4, 2].into_iter().find(fits).unwrap_or(1)
+    pub const fn segments(n: usize, k: usize) -> usize {
+        if k < 2048 {
+            1
+        } else if n <= 1024 && k.is_multiple_of(4 * 64) {
+            4
+        } else if n <= 2048 && k.is_multiple_of(2 * 64) {
+            2
+        } else {
+            1
+        }
     }
 }
 

@@ -9,6 +9,7 @@
 //! | `buffer` | owned typed memory, and views of it |
 //! | `tracker` | who uses how much memory |
 //! | `linear` | the types of linear layers and their numeric contract |
+//! | `choice` | which algorithm computes a linear layer, by timing |
 //! | `pending` | small downloads that are collected later |
 //! | `recording` | launches that are started again as a whole |
 //! | `stopwatch` | how long the device takes |
@@ -24,6 +25,7 @@ use cuda_std::launch::{Arg, Grid, KernelDesc, Launch, ParamKind};
 use half::bf16;
 
 pub use buffer::{Buffer, Slice, SliceMut};
+pub use choice::{LINEAR_RUNGS, LinearChoice};
 pub use cpu::CpuOptions;
 pub use error::{DeviceError, ErrorCode};
 pub use linear::{LinearBackend, LinearOutput, OutputType, Weight, contract};
@@ -34,6 +36,7 @@ pub use stopwatch::Stopwatch;
 pub use tracker::{MemoryKind, MemoryRecord, MemoryTracker};
 
 mod buffer;
+mod choice;
 mod cpu;
 mod cuda;
 mod error;
@@ -479,6 +482,33 @@ impl Device {
         match self {
             Self::Cpu(_) => Ok(vec!["f32 FMA in the order of k".to_owned()]),
             Self::Cuda(device) => device.linear_algorithms(n, k, m, output),
+        }
+    }
+
+    /// Times the algorithms of [`linear`](Self::linear), or of [`linear_parts`](Self::linear_parts) in this many segments, for the rows of `x`, one of [`LINEAR_RUNGS`], on weights of one shape, and
+    /// keeps the fastest for these rows and for those down to the rung below. It changes no bits. `out` is overwritten. `None`
+    /// where there is nothing to choose; on the CPU always.
+    ///
+    /// # Errors
+    /// The shapes do not fit, or the device's error.
+    pub fn choose_linear_algorithm<'a, 'b, O: LinearOutput>(
+        &self,
+        x: impl Into<Slice<'a, bf16>>,
+        weights: &[&Weight],
+        segments: usize,
+        out: impl Into<SliceMut<'b, O>>,
+    ) -> Result<Option<LinearChoice>, DeviceError> {
+        let (x, mut out) = (x.into(), out.into());
+        let mut m = 0;
+        for weight in weights {
+            m = self.check_linear(&x, weight, segments, &out)?;
+        }
+        match self {
+            Self::Cpu(_) => Ok(None),
+            Self::Cuda(device) => {
+                let output = if segments == 1 { O::TYPE } else { OutputType::Parts(segments) };
+                device.choose_linear_algorithm(x, m, weights, output, &mut out)
+            }
         }
     }
 

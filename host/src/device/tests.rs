@@ -252,6 +252,9 @@ fn linear_layers_check_shapes_and_write_only_their_output() {
     device.linear_with_algorithm(0, &x, &weight, &mut rounded).unwrap();
     assert_close(&device.download(&rounded).unwrap(), &expected, Tolerance { absolute: 2e-5, ..Tolerance::BF16 });
     assert_code(device.linear_with_algorithm(1, &x, &weight, &mut rounded), ErrorCode::InvalidParameter);
+    assert_eq!(device.choose_linear_algorithm(&x, &[&weight], 1, &mut rounded), Ok(None));
+    let half = x.slice(..x.len() - 1).unwrap();
+    assert_code(device.choose_linear_algorithm(half, &[&weight], 1, &mut rounded), ErrorCode::InvalidParameter);
 
     for (inputs, outputs) in [(k, m * n), (m * k, n), (k + 1, n), (0, 0), (m * k, m * n - 1)] {
         let mut out = rounded.slice_mut(..outputs).unwrap();

@@ -5,6 +5,7 @@
 
 pub mod architecture;
 mod checkpoint;
+mod choose;
 mod config;
 mod decode;
 mod error;
@@ -17,6 +18,7 @@ mod transformer;
 
 pub use architecture::{LayerWeights, Weight, Weights};
 pub use checkpoint::{Checkpoint, TensorView};
+pub use choose::MOST_HEAD_ROWS;
 pub use config::{Architecture, HEAD_WIDTHS, MAX_HEAD_RATIO, ModelConfig, WIDTH_MULTIPLE};
 pub use decode::DecodeWay;
 pub use error::ModelError;

@@ -120,6 +120,8 @@ pub struct Workspace {
     pub(super) parts: Buffer<f32>,
     pub(super) gate_up: Buffer<bf16>,
     pub(super) gated: Buffer<bf16>,
+    /// Rows that a feed-forward layer takes at once.
+    feed_rows: usize,
     head_rows: Buffer<f32>,
     pub(super) head_normed: Buffer<bf16>,
     pub(super) logits: Buffer<f32>,
@@ -230,7 +232,8 @@ impl Model {
         let indices = 3 * limits.rows + limits.logits_rows + limits.table_entries + tiles;
         let counters = ops::counters_len(heads, limits.decode_rows.max(1));
         let segments = |k| contract::segments(config.hidden, k);
-        let most_segments = segments(heads.query_width()).max(segments(config.ffn));
+        let feed_rows = limits.rows.min(FEED_ROWS.max(limits.decode_rows));
+        let part_rows = (segments(heads.query_width()) * limits.rows).max(segments(config.ffn) * feed_rows);
         let activation = |len: usize, label: &str| device.alloc_unwritten::<f32>(len, MemoryKind::Activations, label);
         let operand = |len: usize, label: &str| device.alloc_unwritten::<bf16>(len, MemoryKind::Activations, label);
         Ok(Workspace {
@@ -243,9 +246,10 @@ impl Model {
             partials: activation(bounded_partials, "attention partials")?,
             counters: device.alloc(counters, MemoryKind::Activations, "attention counters")?,
             attended: operand(limits.rows * heads.query_width(), "attention output")?,
-            parts: activation(most_segments * limits.rows * config.hidden, "parts of a layer's output")?,
-            gate_up: operand(limits.rows * 2 * config.ffn, "gate and up")?,
-            gated: operand(limits.rows * config.ffn, "gated")?,
+            parts: activation(part_rows * config.hidden, "parts of a layer's output")?,
+            gate_up: operand(feed_rows * 2 * config.ffn, "gate and up")?,
+            gated: operand(feed_rows * config.ffn, "gated")?,
+            feed_rows: FEED_ROWS,
             head_rows: activation(limits.logits_rows * config.hidden, "rows with logits")?,
             head_normed: operand(limits.logits_rows * config.hidden, "normalised rows with logits")?,
             logits: activation(limits.logits_rows * config.vocab, "logits")?,
@@ -355,8 +359,20 @@ impl Model {
         }
         device.upload(workspace.indices.slice_mut(..workspace.staging.len())?, &workspace.staging)?;
         workspace.take_tokens(device, tokens, rows)?;
-        let Workspace { indices, residual, normed, qkv, partials, counters, attended, parts, gate_up, gated, .. } =
-            workspace;
+        let Workspace {
+            indices,
+            residual,
+            normed,
+            qkv,
+            partials,
+            counters,
+            attended,
+            parts,
+            gate_up,
+            gated,
+            feed_rows,
+            ..
+        } = workspace;
         let tokens = indices.slice(..rows)?;
         let tables_end = 3 * rows + step.page_tables.len();
         let places = Places {
@@ -372,8 +388,6 @@ impl Model {
         let mut qkv = qkv.slice_mut(..rows * heads.qkv_width())?;
         let mut attended = attended.slice_mut(..rows * heads.query_width())?;
         let mut parts = parts.as_slice_mut();
-        let mut gate_up = gate_up.slice_mut(..rows * 2 * config.ffn)?;
-        let mut gated = gated.slice_mut(..rows * config.ffn)?;
         let groups = decode_groups(&step.positions[..step.decode_rows], heads, partials.len());
 
         let table = self.parameters.embedding.rows()?.as_slice();
@@ -417,15 +431,21 @@ impl Model {
             let output = ops::linear_to_residual(device, &attended.as_slice(), &layer.output, &mut parts)?;
             let gain = layer.post_norm.as_slice();
             ops::residual_norm(device, &mut residual, &output, &gain, &mut normed, eps)?;
-            ops::linear(device, &normed.as_slice(), &layer.gate_up, &mut gate_up)?;
-            ops::silu_mul(device, &gate_up.as_slice(), &mut gated, config.ffn)?;
-            let down = ops::linear_to_residual(device, &gated.as_slice(), &layer.down, &mut parts)?;
-            if let Some(next) = self.parameters.layers.get(index + 1) {
-                let gain = next.input_norm.as_slice();
-                ops::residual_norm(device, &mut residual, &down, &gain, &mut normed, eps)?;
-            } else {
-                // Only the rows with logits are normalised after the last layer.
-                ops::residual_add(device, &mut residual, &down)?;
+            for part in feed_parts(rows, *feed_rows) {
+                let (start, end) = (part.start * hidden, part.end * hidden);
+                let mut gate_up = gate_up.slice_mut(..part.len() * 2 * config.ffn)?;
+                let mut gated = gated.slice_mut(..part.len() * config.ffn)?;
+                let (mut residual, mut normed) = (residual.slice_mut(start..end)?, normed.slice_mut(start..end)?);
+                ops::linear(device, &normed.as_slice(), &layer.gate_up, &mut gate_up)?;
+                ops::silu_mul(device, &gate_up.as_slice(), &mut gated, config.ffn)?;
+                let down = ops::linear_to_residual(device, &gated.as_slice(), &layer.down, &mut parts)?;
+                if let Some(next) = self.parameters.layers.get(index + 1) {
+                    let gain = next.input_norm.as_slice();
+                    ops::residual_norm(device, &mut residual, &down, &gain, &mut normed, eps)?;
+                } else {
+                    // Only the rows with logits are normalised after the last layer.
+                    ops::residual_add(device, &mut residual, &down)?;
+                }
             }
         }
 
@@ -486,6 +506,22 @@ impl Model {
 /// long contexts would need gigabytes; beyond this they are computed in groups, one after the other.
 const PARTIALS: usize = 1 << 24;
 
+/// Rows that a feed-forward layer takes at once: a long prefill goes through it in parts. Between gate, up and down a row has
+/// 3 times the feed-forward width in bf16, which parts of about 1024 rows keep in a GPU's second-level cache, at the price of
+/// products whose tiles fill a GPU less well. `cargo test --test kernels -- --ignored --nocapture prefill::speed` measures
+/// both. At least the longest prefill of a step: not cut. It changes no bit.
+const FEED_ROWS: usize = 2048;
+
+/// Rows of a tile of a large product: parts are whole tiles.
+const TILE_ROWS: usize = 128;
+
+/// Cuts `rows` rows into parts of about one size of at most `most` rows.
+fn feed_parts(rows: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
+    let granule = if most.is_multiple_of(TILE_ROWS) { TILE_ROWS } else { 1 };
+    let part = rows.div_ceil(rows.div_ceil(most.max(1)).max(1)).next_multiple_of(granule).max(1);
+    (0..rows).step_by(part).map(move |start| start..rows.min(start + part))
+}
+
 /// Single-token rows whose attention is computed at once.
 #[derive(Debug, PartialEq, Eq)]
 struct Group {
@@ -520,6 +556,12 @@ impl Workspace {
         self.limits
     }
 
+    /// From now on feed-forward layers take at most `rows` rows at once, or as many as there is memory for. It changes no bit;
+    /// for tests and measurements.
+    pub fn feed_at_once(&mut self, rows: usize) {
+        self.feed_rows = rows.clamp(1, FEED_ROWS);
+    }
+
     /// Overwrites every intermediate value with NaN. For tests: whoever reads one before it is written shows it.
     ///
     /// # Errors
@@ -541,6 +583,7 @@ impl Workspace {
             chosen,
             // Uploaded for each step, or left as they were found, or no values.
             limits: _,
+            feed_rows: _,
             indices: _,
             staging: _,
             recordings: _,
@@ -589,6 +632,21 @@ impl Workspace {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn parts_cover_every_row_once_in_order_and_fit() {
+        for most in [1, 3, 128, 1000, 1024, 1280, 4096] {
+            for rows in (1..300).chain([1024, 1025, 2000, 4095, 4096, 4097, 10_000]) {
+                let parts: Vec<_> = feed_parts(rows, most).collect();
+                assert!(parts.iter().all(|part| (1..=most).contains(&part.len())), "{rows} by {most}: {parts:?}");
+                assert!(parts.len() == rows.div_ceil(most) || most % TILE_ROWS == 0, "{rows} by {most}: {parts:?}");
+                let all: Vec<usize> = parts.into_iter().flatten().collect();
+                assert!(all.into_iter().eq(0..rows), "{rows} by {most}");
+            }
+        }
+        assert_eq!(feed_parts(4096, 1024).count(), 4);
+        assert_eq!(feed_parts(1100, 1024).collect::<Vec<_>>(), [0..640, 640..1100]);
+    }
 
     #[test]
     fn groups_cover_every_row_once_and_fit() {

@@ -181,7 +181,7 @@ pub fn rotary_kv_write(
             pages.values.len()
         )
     })?;
-    let rotated = rows * (heads.query_heads + heads.kv_heads) * heads.width;
+    let rotated = rows.div_ceil(fused::ROTATED_ROWS) * (heads.query_heads + heads.kv_heads) * heads.width;
     size(NAME, rotated)?;
     let columns = rows.div_ceil(fused::GROUP) * heads.kv_heads * heads.width;
     let grid = Grid::new_1d(blocks(NAME, rotated / 8, fused::THREADS)? + blocks(NAME, columns, fused::THREADS)?);

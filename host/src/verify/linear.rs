@@ -3,7 +3,9 @@
 use half::bf16;
 
 use super::Line;
-use crate::device::{Device, DeviceError, LinearBackend, LinearOutput, MemoryKind, Slice, SliceMut, Weight};
+use crate::device::{
+    Buffer, Device, DeviceError, LINEAR_RUNGS, LinearBackend, LinearOutput, MemoryKind, Slice, SliceMut, Weight,
+};
 use crate::model::{LinearLayer, Model};
 use crate::ops;
 use crate::testing::TestRng;
@@ -25,6 +27,21 @@ const fn with_larger(larger: [usize; 10]) -> [usize; 74] {
         index += 1;
     }
     all
+}
+
+/// Tokens that differ; more repeat these, which costs less than random ones. A prime, so that a token stands in another row of
+/// each tile.
+const DIFFERENT_TOKENS: usize = 251;
+
+/// Outputs that differ; a vocabulary has many more.
+const DIFFERENT_OUTPUTS: usize = 4093;
+
+/// The counts of the quick check with every rung at which an algorithm may have been chosen by timing.
+pub(super) fn quick_and_rungs(most: usize) -> Vec<usize> {
+    let mut counts: Vec<usize> = QUICK.into_iter().chain(LINEAR_RUNGS).filter(|&count| count <= most).collect();
+    counts.sort_unstable();
+    counts.dedup();
+    counts
 }
 
 /// A line for each linear layer's shape.
@@ -65,6 +82,22 @@ type Served<O> = fn(&Device, &Slice<'_, bf16>, &Weight, &mut SliceMut<'_, O>) ->
 /// A kernel that defines the contract: x \[M, K\], weight \[N, K\], out \[S, M, N\], K.
 type Chain<O> = fn(&Device, &Slice<'_, bf16>, &Slice<'_, bf16>, &mut SliceMut<'_, O>, usize) -> Result<(), DeviceError>;
 
+/// A matrix of random rows, of which the first `different` are repeated.
+fn repeated(
+    device: &Device,
+    random: &mut TestRng,
+    [rows, width]: [usize; 2],
+    different: usize,
+) -> Result<Buffer<bf16>, DeviceError> {
+    let values = random.bf16s(rows.min(different) * width);
+    let mut matrix = device.alloc_unwritten(rows * width, MemoryKind::Other, "self-test operand")?;
+    for first in (0..rows).step_by(different) {
+        let part = &values[..values.len().min((rows - first) * width)];
+        device.upload(matrix.slice_mut(first * width..first * width + part.len())?, part)?;
+    }
+    Ok(matrix)
+}
+
 /// How many of how many outputs differ between the device's linear layer and the contract's kernel, on random data.
 fn compare<O: LinearOutput + ops::Comparable>(
     device: &Device,
@@ -77,8 +110,8 @@ fn compare<O: LinearOutput + ops::Comparable>(
     let most = counts.iter().copied().max().unwrap_or(1);
     let mut random = TestRng::new(0x010c_57e9);
     let kind = MemoryKind::Other;
-    let tokens = device.alloc_from(&random.bf16s(most * k), kind, "self-test tokens")?;
-    let rows = device.alloc_from(&random.bf16s(n * k), kind, "self-test weight")?;
+    let tokens = repeated(device, &mut random, [most, k], DIFFERENT_TOKENS)?;
+    let rows = repeated(device, &mut random, [n, k], DIFFERENT_OUTPUTS)?;
     let weight = device.prepare_weight(rows, n, k, true)?;
     let mut served = device.alloc_unwritten::<O>(segments * most * n, kind, "self-test output")?;
     let mut expected = device.alloc_unwritten::<O>(segments * most * n, kind, "self-test expectation")?;

@@ -13,7 +13,7 @@ mod ways;
 use std::sync::Arc;
 
 use crate::device::{Device, DeviceError, LinearBackend};
-use crate::model::Model;
+use crate::model::{MOST_HEAD_ROWS, Model};
 
 pub use self::batch::Size;
 pub use self::golden::{Golden, GoldenError, Goldens};
@@ -47,7 +47,9 @@ pub fn quick(model: &Model) -> Result<Vec<Line>, DeviceError> {
     if !device.is_cuda() {
         return Ok(Vec::new());
     }
-    let mut lines = linear::check(model, &linear::QUICK, &linear::QUICK)?;
+    // Every algorithm that timing may have chosen serves one of these counts.
+    let (counts, head_counts) = (linear::quick_and_rungs(usize::MAX), linear::quick_and_rungs(MOST_HEAD_ROWS));
+    let mut lines = linear::check(model, &counts, &head_counts)?;
     if device.linear_backend() == LinearBackend::CublasLt && lines.iter().any(|line| !line.holds) {
         tracing::warn!(
             "cuBLASLt does not give the contract's bits on this device; our own kernel serves every linear layer (slower, same answers)"

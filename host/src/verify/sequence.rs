@@ -15,6 +15,9 @@ const PROMPT_TOKENS: usize = 150;
 /// Chunk sizes beside the whole prompt and single tokens.
 const CHUNKS: [usize; 4] = [7, 16, 64, 100];
 
+/// Tokens that a feed-forward layer takes at once, where they are less than the prompt.
+const FED: usize = 37;
+
 /// Runs of one request.
 const RUNS: usize = 100;
 
@@ -39,24 +42,32 @@ pub(super) fn prefill_is_decode(model: &Model) -> Result<Vec<Line>, DeviceError>
     let mut lines = Vec::new();
     for chunk in [1].into_iter().chain(CHUNKS) {
         let chunked = trace(model, &mut cache, &mut workspace, &tokens, chunk)?;
-        let wrong_logits = whole.logits.iter().zip(&chunked.logits).filter(|(a, b)| a != b).count();
-        let wrong_cache = whole.cache.iter().zip(&chunked.cache).filter(|(a, b)| a != b).count();
         let claim = if chunk == 1 {
             format!("prefill of {count} tokens = {count} decode steps")
         } else {
             format!("prefill of {count} tokens = prefill in chunks of {chunk}")
         };
-        lines.push(Line::new(
-            claim,
-            format!(
-                "{wrong_logits} of {} logits and {wrong_cache} of {} keys and values differ",
-                whole.logits.len(),
-                whole.cache.len()
-            ),
-            whole == chunked,
-        ));
+        lines.push(compared(claim, &whole, &chunked));
     }
+    workspace.feed_at_once(FED);
+    let fed = trace(model, &mut cache, &mut workspace, &tokens, count)?;
+    let claim = format!("prefill of {count} tokens = with {FED} of them at once in feed-forward layers");
+    lines.push(compared(claim, &whole, &fed));
     Ok(lines)
+}
+
+fn compared(claim: String, whole: &Trace, other: &Trace) -> Line {
+    let wrong_logits = whole.logits.iter().zip(&other.logits).filter(|(a, b)| a != b).count();
+    let wrong_cache = whole.cache.iter().zip(&other.cache).filter(|(a, b)| a != b).count();
+    Line::new(
+        claim,
+        format!(
+            "{wrong_logits} of {} logits and {wrong_cache} of {} keys and values differ",
+            whole.logits.len(),
+            whole.cache.len()
+        ),
+        whole == other,
+    )
 }
 
 fn trace(

@@ -8,11 +8,13 @@
 //!
 //! The heuristic is asked for algorithms without workspace and without reduction, hence without split-K; what it
 //! returns is read back and checked. Which of them runs may depend on `m`, because the self-test has found their bits
-//! equal.
+//! equal: the fastest by timing at the next larger rung of a ladder of `m` ([`CublasLt::choose`]), where that was timed and
+//! is valid for the shape at hand, else the heuristic's first. So a new `m` costs two descriptions and a check (a few
+//! microseconds) and not a question to the heuristic (50 to 100).
 
 use std::collections::HashMap;
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cudarc::cublaslt::sys::{
     self, cublasComputeType_t, cublasLtMatmulAlgo_t, cublasLtMatmulAlgoConfigAttributes_t as AlgoConfig,
@@ -22,6 +24,8 @@ use cudarc::cublaslt::sys::{
 };
 
 use super::context::Context;
+use super::events::Events;
+use crate::device::choice::{LinearChoice, fastest, rung};
 use crate::device::{DeviceError, OutputType};
 
 /// `CUBLAS_OP_N` and `CUBLAS_OP_T`, which cudarc has only in its cuBLAS bindings.
@@ -29,12 +33,14 @@ const OPERATION_N: i32 = 0;
 const OPERATION_T: i32 = 1;
 
 /// How many algorithms the heuristic is asked for.
-const ALGORITHMS: usize = 8;
+const ALGORITHMS: usize = 16;
 
 /// The library's handle and what it has been asked so far.
 pub(super) struct CublasLt {
     handle: sys::cublasLtHandle_t,
     plans: Mutex<HashMap<Shape, Arc<Plan>>>,
+    /// The fastest algorithms, of shapes whose `m` is a rung.
+    choices: Mutex<HashMap<Shape, cublasLtMatmulAlgo_t>>,
     context: Arc<Context>,
 }
 
@@ -80,16 +86,18 @@ pub(super) struct Multiply {
 }
 
 /// The library's descriptions of a shape, and the algorithms that keep the contract.
-#[derive(Default)]
 struct Plan {
     operation: Descriptor<cublasLtMatmulDesc_t>,
     weight: Descriptor<cublasLtMatrixLayout_t>,
     x: Descriptor<cublasLtMatrixLayout_t>,
     out: Descriptor<cublasLtMatrixLayout_t>,
-    algorithms: Vec<cublasLtMatmulAlgo_t>,
+    /// The one that computes it. `None` where there is none.
+    chosen: Option<cublasLtMatmulAlgo_t>,
+    /// All that the heuristic offers, once it was asked.
+    offered: OnceLock<Vec<cublasLtMatmulAlgo_t>>,
 }
 
-// SAFETY: the descriptors are host memory that is only read after the plan is made.
+// SAFETY: the descriptors are host memory that is only read after they are made.
 unsafe impl Send for Plan {}
 // SAFETY: as above.
 unsafe impl Sync for Plan {}
@@ -143,7 +151,7 @@ impl CublasLt {
         let mut handle = std::ptr::null_mut();
         // SAFETY: writes one handle; destroyed in `drop`.
         checked(unsafe { sys::cublasLtCreate(&raw mut handle) }, "no handle")?;
-        Ok(Some(Self { handle, plans: Mutex::new(HashMap::new()), context: Arc::clone(context) }))
+        Ok(Some(Self { handle, plans: Mutex::default(), choices: Mutex::default(), context: Arc::clone(context) }))
     }
 
     pub(super) fn description(&self) -> String {
@@ -151,26 +159,42 @@ impl CublasLt {
         format!("cuBLASLt {}", unsafe { sys::cublasLtGetVersion() })
     }
 
-    /// Computes one linear layer with one of the plan's algorithms, by default the first.
+    /// Computes one linear layer, with one of the offered algorithms where `algorithm` says so.
     ///
     /// # Safety
     /// The addresses are live memory of the device for the shape's elements, and nobody else uses the output.
     pub(super) unsafe fn multiply(&self, multiply: &Multiply, algorithm: Option<usize>) -> Result<(), DeviceError> {
         self.context.enter()?;
-        let Multiply { n, k, m, output, weight, x, out } = *multiply;
-        let plan = self.plan(Shape::new(n, k, m, output, weight | x | out))?;
-        let index = algorithm.unwrap_or(0);
-        let Some(chosen) = plan.algorithms.get(index) else {
-            return Err(if algorithm.is_none() {
+        let Multiply { n, k, m, .. } = *multiply;
+        let plan = self.plan(multiply.shape())?;
+        let chosen = match algorithm {
+            None => plan.chosen.as_ref().ok_or_else(|| {
                 DeviceError::KernelLaunchFailed(format!(
                     "cuBLASLt has no algorithm for {n} x {k} with {m} rows that sums in one chain; use the kernel \
                      backend"
                 ))
-            } else {
-                let count = plan.algorithms.len();
-                DeviceError::InvalidParameter(format!("there are {count} algorithms for this shape, not {index}"))
-            });
+            })?,
+            Some(index) => {
+                let offered = self.offered(&plan, multiply.shape())?;
+                offered.get(index).ok_or_else(|| {
+                    let count = offered.len();
+                    DeviceError::InvalidParameter(format!("there are {count} algorithms for this shape, not {index}"))
+                })?
+            }
         };
+        // SAFETY: as the caller says.
+        unsafe { self.run(multiply, &plan, chosen) }
+    }
+
+    /// # Safety
+    /// As for [`multiply`](Self::multiply); the plan is the shape's.
+    unsafe fn run(
+        &self,
+        multiply: &Multiply,
+        plan: &Plan,
+        algorithm: &cublasLtMatmulAlgo_t,
+    ) -> Result<(), DeviceError> {
+        let Multiply { n, k, m, weight, x, out, .. } = *multiply;
         let (one, zero) = (1.0_f32, 0.0_f32);
         // SAFETY: the layouts describe the memory that the contract promises; scalars are read from the host before
         // the call returns; an algorithm without workspace takes none.
@@ -188,7 +212,7 @@ impl CublasLt {
                 plan.out.get(),
                 pointer(out),
                 plan.out.get(),
-                chosen,
+                algorithm,
                 std::ptr::null_mut(),
                 0,
                 self.context.stream().cast(),
@@ -223,21 +247,75 @@ impl CublasLt {
             return Err(DeviceError::InvalidParameter(format!("K = {k} cannot be cut in {segments} segments")));
         }
         self.context.enter()?;
-        let plan = self.plan(Shape::new(n, k, m, output, 256))?;
-        Ok(plan.algorithms.iter().map(describe).collect())
+        let shape = Shape::new(n, k, m, output, 256);
+        let plan = self.plan(shape)?;
+        Ok(self.offered(&plan, shape)?.iter().map(describe).collect())
+    }
+
+    /// Times the algorithms on layers of one shape, one after the other, so that weights come from memory as they do in a
+    /// step, and keeps the fastest for all layers whose rung is this `m`. `None` where there is nothing to choose, or no clock.
+    ///
+    /// # Safety
+    /// As for [`multiply`](Self::multiply), for each of them.
+    pub(super) unsafe fn choose(&self, layers: &[Multiply]) -> Result<Option<LinearChoice>, DeviceError> {
+        self.context.enter()?;
+        let Some(shape) = layers.first().map(Multiply::shape) else { return Ok(None) };
+        if layers.iter().any(|layer| layer.shape() != shape) || rung(shape.m) != shape.m {
+            let text = format!("layers of {} rows are not of one shape whose rows are a rung", shape.m);
+            return Err(DeviceError::InvalidParameter(text));
+        }
+        let Ok(mut events) = Events::new(&self.context) else { return Ok(None) };
+        let plan = self.plan(shape)?;
+        let offered = self.offered(&plan, shape)?;
+        let mut turns = layers.iter().cycle();
+        let found = fastest(offered.len(), |candidate, launches| {
+            events.start()?;
+            for layer in turns.by_ref().take(launches) {
+                // SAFETY: as the caller says; the plan is the shape's, which all layers have.
+                match unsafe { self.run(layer, &plan, &offered[candidate]) } {
+                    Err(error) if self.context.failure().is_some() => return Err(error),
+                    // Offered, and yet refused: never the fastest.
+                    Err(_) => return Ok(f64::INFINITY),
+                    Ok(()) => {}
+                }
+            }
+            events.stop()?;
+            Ok(events.elapsed()?.as_secs_f64() * 1e6 / launches as f64)
+        })?;
+        let Some(found) = found else { return Ok(None) };
+        let chosen = offered[found.index];
+        locked(&self.choices).insert(shape, chosen);
+        locked(&self.plans).clear();
+        Ok(Some(LinearChoice {
+            n: shape.n,
+            k: shape.k,
+            rows: shape.m,
+            offered: offered.len(),
+            index: found.index,
+            first_us: found.first_us,
+            chosen_us: found.us,
+            algorithm: describe(&chosen),
+        }))
     }
 
     fn plan(&self, shape: Shape) -> Result<Arc<Plan>, DeviceError> {
-        if let Some(plan) = self.plans.lock().unwrap_or_else(PoisonError::into_inner).get(&shape) {
+        if let Some(plan) = locked(&self.plans).get(&shape) {
             return Ok(Arc::clone(plan));
         }
-        let plan = Arc::new(self.make_plan(shape)?);
-        self.plans.lock().unwrap_or_else(PoisonError::into_inner).insert(shape, Arc::clone(&plan));
+        let mut plan = self.describe_shape(shape)?;
+        let choice = locked(&self.choices).get(&Shape { m: rung(shape.m), ..shape }).copied();
+        plan.chosen = match choice.filter(|choice| self.is_valid(&plan, choice)) {
+            Some(choice) => Some(choice),
+            None => self.offered(&plan, shape)?.first().copied(),
+        };
+        let plan = Arc::new(plan);
+        locked(&self.plans).insert(shape, Arc::clone(&plan));
         Ok(plan)
     }
 
-    fn make_plan(&self, shape: Shape) -> Result<Plan, DeviceError> {
-        let Shape { n, k, m, output, alignment } = shape;
+    /// A plan without an algorithm.
+    fn describe_shape(&self, shape: Shape) -> Result<Plan, DeviceError> {
+        let Shape { n, k, m, output, .. } = shape;
         let (output_type, segments) = match output {
             OutputType::F32 => (cudaDataType::CUDA_R_32F, 1),
             OutputType::Bf16 => (cudaDataType::CUDA_R_16BF, 1),
@@ -245,13 +323,53 @@ impl CublasLt {
         };
         let part = k / segments;
         let operand = cudaDataType::CUDA_R_16BF;
-        let mut plan = Plan {
+        Ok(Plan {
             operation: operation()?,
             weight: layout(&Matrices { ty: operand, rows: part, cols: n, leading: k, count: segments, step: part })?,
             x: layout(&Matrices { ty: operand, rows: part, cols: m, leading: k, count: segments, step: part })?,
             out: layout(&Matrices { ty: output_type, rows: n, cols: m, leading: n, count: segments, step: m * n })?,
-            algorithms: Vec::new(),
+            chosen: None,
+            offered: OnceLock::new(),
+        })
+    }
+
+    /// Whether an algorithm that was offered for other rows computes these, in one chain.
+    fn is_valid(&self, plan: &Plan, algorithm: &cublasLtMatmulAlgo_t) -> bool {
+        let mut result = std::mem::MaybeUninit::<cublasLtMatmulHeuristicResult_t>::zeroed();
+        // SAFETY: the descriptors are alive; writes one result.
+        let status = unsafe {
+            sys::cublasLtMatmulAlgoCheck(
+                self.handle,
+                plan.operation.get(),
+                plan.weight.get(),
+                plan.x.get(),
+                plan.out.get(),
+                plan.out.get(),
+                algorithm,
+                result.as_mut_ptr(),
+            )
         };
+        if status != cublasStatus_t::CUBLAS_STATUS_SUCCESS {
+            return false;
+        }
+        // SAFETY: the library has written it; the memory was zeroed before, a value of every field.
+        let result = unsafe { result.assume_init_ref() };
+        result.state == cublasStatus_t::CUBLAS_STATUS_SUCCESS
+            && result.workspaceSize == 0
+            && sums_in_one_chain(algorithm)
+    }
+
+    /// What the heuristic offers for a plan's shape under the contract, the best by its own expectation first.
+    fn offered<'a>(&self, plan: &'a Plan, shape: Shape) -> Result<&'a [cublasLtMatmulAlgo_t], DeviceError> {
+        if let Some(offered) = plan.offered.get() {
+            return Ok(offered);
+        }
+        let offered = self.ask(plan, shape)?;
+        Ok(plan.offered.get_or_init(|| offered))
+    }
+
+    fn ask(&self, plan: &Plan, shape: Shape) -> Result<Vec<cublasLtMatmulAlgo_t>, DeviceError> {
+        let Shape { n, k, m, alignment, .. } = shape;
         let preference = preference(alignment)?;
         let mut results: [std::mem::MaybeUninit<cublasLtMatmulHeuristicResult_t>; ALGORITHMS] =
             [const { std::mem::MaybeUninit::zeroed() }; ALGORITHMS];
@@ -271,9 +389,10 @@ impl CublasLt {
                 &raw mut count,
             )
         };
+        let mut offered = Vec::new();
         if status == cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED {
-            // No algorithm: an empty plan, so that the question is asked once.
-            return Ok(plan);
+            // No algorithm: an empty answer, so that the question is asked once.
+            return Ok(offered);
         }
         checked(status, &format!("algorithms for {n} x {k} with {m} rows"))?;
         for result in &results[..usize::try_from(count).unwrap_or(0).min(ALGORITHMS)] {
@@ -283,10 +402,17 @@ impl CublasLt {
                 && result.workspaceSize == 0
                 && sums_in_one_chain(&result.algo)
             {
-                plan.algorithms.push(result.algo);
+                offered.push(result.algo);
             }
         }
-        Ok(plan)
+        Ok(offered)
+    }
+}
+
+impl Multiply {
+    fn shape(&self) -> Shape {
+        let Self { n, k, m, output, weight, x, out } = *self;
+        Shape { n, k, m, output, alignment: alignment(weight | x | out) }
     }
 }
 
@@ -299,6 +425,10 @@ impl Drop for CublasLt {
             let _ = sys::cublasLtDestroy(self.handle);
         }
     }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn pointer(address: u64) -> *mut c_void {

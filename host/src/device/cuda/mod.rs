@@ -26,8 +26,8 @@ pub(super) use memory::Memory;
 use super::buffer::DeviceId;
 use super::cpu::Fill;
 use super::{
-    DeviceError, KernelImages, LinearBackend, LinearOutput, MemoryInfo, MemoryKind, MemoryTracker, OutputType, Slice,
-    SliceMut, Weight,
+    DeviceError, KernelImages, LinearBackend, LinearChoice, LinearOutput, MemoryInfo, MemoryKind, MemoryTracker,
+    OutputType, Slice, SliceMut, Weight,
 };
 use context::Context;
 use linear::{CublasLt, Multiply};
@@ -192,11 +192,43 @@ impl Cuda {
         out: &mut SliceMut<'_, O>,
         algorithm: Option<usize>,
     ) -> Result<(), DeviceError> {
+        let multiply = self.multiply(&x, m, weight, output, out)?;
+        // SAFETY: `check_shapes` has compared the lengths of the views with the shape, and with the segments where `output`
+        // is parts; else `output` is the view's own type. They lie in live memory of this device, and the output is borrowed
+        // exclusively.
+        unsafe { self.cublaslt()?.multiply(&multiply, algorithm) }
+    }
+
+    /// Times the algorithms for `m` rows on these weights, all of one shape, and keeps the fastest.
+    pub(super) fn choose_linear_algorithm<O: LinearOutput>(
+        &self,
+        x: Slice<'_, bf16>,
+        m: usize,
+        weights: &[&Weight],
+        output: OutputType,
+        out: &mut SliceMut<'_, O>,
+    ) -> Result<Option<LinearChoice>, DeviceError> {
+        let Some(cublaslt) = &self.cublaslt else { return Ok(None) };
+        let layers: Vec<Multiply> =
+            weights.iter().map(|weight| self.multiply(&x, m, weight, output, out)).collect::<Result<_, _>>()?;
+        // SAFETY: as in `linear`, for each weight.
+        unsafe { cublaslt.choose(&layers) }
+    }
+
+    /// A linear layer by its addresses.
+    fn multiply<O: LinearOutput>(
+        &self,
+        x: &Slice<'_, bf16>,
+        m: usize,
+        weight: &Weight,
+        output: OutputType,
+        out: &SliceMut<'_, O>,
+    ) -> Result<Multiply, DeviceError> {
         let rows = weight.rows()?.as_slice();
         if rows.device() != self.id() {
             return Err(DeviceError::InvalidParameter("the weight was prepared for another device".to_owned()));
         }
-        let multiply = Multiply {
+        Ok(Multiply {
             n: weight.n(),
             k: weight.k(),
             m,
@@ -204,11 +236,7 @@ impl Cuda {
             weight: rows.address(),
             x: x.address(),
             out: out.address(),
-        };
-        // SAFETY: `check_shapes` has compared the lengths of the views with the shape, and with the segments where `output`
-        // is parts; else `output` is the view's own type. They lie in live memory of this device, and the output is borrowed
-        // exclusively.
-        unsafe { self.cublaslt()?.multiply(&multiply, algorithm) }
+        })
     }
 
     pub(super) fn linear_algorithms(

@@ -449,6 +449,35 @@ fn every_algorithm_gives_every_part_its_bits() {
 
 #[test]
 #[ignore = "needs a GPU"]
+fn a_choice_by_timing_changes_no_bit() {
+    let device = gpu();
+    let (n, k) = (896, 896);
+    let layer = Layer::new(&device, 256, n, k);
+    let alone: Vec<f32> = (0..256).flat_map(|row| layer.run::<f32>(&device, row..row + 1, None).unwrap()).collect();
+    let weights = [&layer.weight];
+    for rows in [16, 48, 256] {
+        let mut out = device.alloc_unwritten::<f32>(rows * n, MemoryKind::Activations, "out").unwrap();
+        let x = layer.on_device.slice(..rows * k).unwrap();
+        let choice = device.choose_linear_algorithm(x, &weights, 1, &mut out).unwrap().unwrap();
+        assert!((choice.n, choice.k, choice.rows) == (n, k, rows) && choice.index < choice.offered, "{choice:?}");
+        assert!(choice.chosen_us > 0.0 && choice.chosen_us <= choice.first_us, "{choice:?}");
+        assert!(choice.algorithm.contains("split-K 1"), "{choice:?}");
+        assert_bits(&device.download(&out).unwrap(), &alone[..rows * n]);
+        // The rung, fewer rows, and rows that start elsewhere.
+        for range in [0..rows, 0..rows - 3, 1..rows] {
+            let together = layer.run::<f32>(&device, range.clone(), None).unwrap();
+            assert_bits(&together, &alone[range.start * n..range.end * n]);
+        }
+    }
+    let mut out = device.alloc::<f32>(17 * n, MemoryKind::Activations, "out").unwrap();
+    let x = layer.on_device.slice(..17 * k).unwrap();
+    let error = device.choose_linear_algorithm(x, &weights, 1, &mut out).unwrap_err();
+    assert_eq!(error.code(), ErrorCode::InvalidParameter, "{error}");
+    assert!(device.choose_linear_algorithm::<f32>(x, &[], 1, &mut out).unwrap().is_none());
+}
+
+#[test]
+#[ignore = "needs a GPU"]
 fn threads_may_share_the_device() {
     let device = gpu();
     std::thread::scope(|scope| {
