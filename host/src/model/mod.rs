@@ -4,6 +4,7 @@
 //! [`architecture::weights`] says which tensor is which and checks every name, dtype and shape before anything is uploaded.
 
 pub mod architecture;
+mod arena;
 mod checkpoint;
 mod config;
 mod decode;
@@ -16,10 +17,11 @@ mod test_folder;
 mod transformer;
 
 pub use architecture::{LayerWeights, Weight, Weights};
+pub use arena::Logits;
 pub use checkpoint::{Checkpoint, TensorView};
 pub use config::{Architecture, HEAD_WIDTHS, MAX_HEAD_RATIO, ModelConfig, WIDTH_MULTIPLE};
 pub use error::ModelError;
 pub use kv_cache::KvCache;
 pub use load::LoadError;
 pub use rope::{Rope, RopeScaling, RopeTable};
-pub use transformer::{Model, Prefill, Step, StepLimits, Workspace};
+pub use transformer::{Choosing, Model, Prefill, Step, StepLimits, Workspace};

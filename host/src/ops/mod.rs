@@ -25,7 +25,9 @@ pub use kernels_gpu::rotary::Pairing;
 pub use kernels_gpu::row_parameters::{RowParameters, WORDS as ROW_WORDS};
 pub use linear::{LinearTarget, linear, linear_kernel, linear_plain};
 pub use rows::{embedding, gather_rows, residual_norm, rms_norm};
-pub use sampling::{LogProbs, SampleParams, argmax, log_probs, penalties, sample, sample_scratch_len};
+pub use sampling::{
+    LogProbs, SampleParams, argmax, log_probs, penalties, sample, sample_scratch_len, spare_for_choosing,
+};
 
 use crate::device::DeviceError;
 
