@@ -12,7 +12,7 @@ use std::time::Duration;
 use criterion::{BenchmarkId, Criterion, Throughput};
 use cuda_std::Element;
 use half::bf16;
-use host::device::{Buffer, CpuOptions, Device, DeviceError, KernelImage, KernelImages, MemoryKind};
+use host::device::{Buffer, CpuOptions, Device, DeviceError, KernelImage, KernelImages, MemoryKind, contract};
 use host::ops::{
     self, DecodeScratch, HeadShape, PAGE, Pages, PagesMut, Pairing, Places, PrefillTiles, RowParameters, SampleParams,
     Segment,
@@ -172,13 +172,16 @@ fn between_layers(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, row
         Box::new(move |device| ops::rms_norm(device, &x.as_slice(), &weight.as_slice(), &mut out.as_slice_mut(), 1e-6));
     rig.bytes("rms_norm", rows, rows * hidden * (4 + 2) + hidden * 2, run);
 
-    let (mut residual, delta) = (inputs.floats(rows * hidden), inputs.same(rows * hidden, 0.0_f32));
-    let (weight, mut out) = (inputs.halves(hidden), inputs.halves(rows * hidden));
-    let run: Run = Box::new(move |device| {
-        let (residual, out) = (&mut residual.as_slice_mut(), &mut out.as_slice_mut());
-        ops::residual_norm(device, residual, &delta.as_slice(), &weight.as_slice(), out, 1e-6)
-    });
-    rig.bytes("residual_norm", rows, rows * hidden * (12 + 2) + hidden * 2, run);
+    for parts in [1, 4] {
+        let (mut residual, delta) = (inputs.floats(rows * hidden), inputs.same(parts * rows * hidden, 0.0_f32));
+        let (weight, mut out) = (inputs.halves(hidden), inputs.halves(rows * hidden));
+        let run: Run = Box::new(move |device| {
+            let (residual, out) = (&mut residual.as_slice_mut(), &mut out.as_slice_mut());
+            ops::residual_norm(device, residual, &delta.as_slice(), &weight.as_slice(), out, 1e-6)
+        });
+        let bytes = rows * hidden * (8 + 4 * parts + 2) + hidden * 2;
+        rig.bytes("residual_norm", format!("{rows}, {parts} parts"), bytes, run);
+    }
 
     let width = heads.qkv_width();
     let (mut x, bias) = (inputs.floats(rows * width), inputs.same(width, bf16::ZERO));
@@ -232,6 +235,17 @@ fn linear_layers(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, rows
             ops::linear_kernel(device, &x.as_slice(), &weight.as_slice(), &mut out.as_slice_mut(), k)
         });
         rig.bytes("linear_kernel", &size, bytes, run);
+    }
+    // Layers whose output is added to the residual stream, as the contract cuts them.
+    for (layer, n, k) in [layers[1], layers[3]] {
+        let segments = contract::segments(n, k);
+        let (x, weight) = (inputs.halves(rows * k), inputs.halves(n * k));
+        let weight = rig.device.prepare_weight(weight, n, k, false).unwrap();
+        let mut out = inputs.same(segments * rows * n, 0.0_f32);
+        let run: Run =
+            Box::new(move |device| ops::linear_parts(device, &x.as_slice(), &weight, &mut out.as_slice_mut()));
+        let bytes = 2 * (rows * k + n * k) + 4 * segments * rows * n;
+        rig.bytes("linear_parts", format!("{layer} [{n}, {k}] in {segments} x {rows}"), bytes, run);
     }
     // The plain chain is for comparisons only; one shape says how long they take.
     let (n, k) = (hidden, hidden);

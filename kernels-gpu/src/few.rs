@@ -6,8 +6,9 @@
 //! (in registers and shared memory instead of device memory).
 //!
 //! A warp owns strips of 16 outputs and streams their weights through a ring in shared memory with asynchronous copies.
-//! Weights depend on no other kernel, so the ring is filled before the kernel waits for its predecessors: with programmatic
-//! dependent launch, memory never rests between two layers.
+//! Weights depend on no other kernel, so the ring is filled before the kernel waits for its predecessors (programmatic
+//! dependent launch), and each kernel asks for the weights of a later one (`ahead`) to be brought into the second-level
+//! cache: memory does not rest while kernels wait for each other.
 
 use cuda_std::prelude::*;
 use cuda_std::{cp_async, shared};
@@ -37,30 +38,51 @@ pub const fn input_bytes(tokens: usize, width: usize) -> usize {
 
 /// Bytes of the rings of a block.
 #[must_use]
-pub const fn ring_bytes(warps: usize, tiles: usize, depth: usize) -> usize {
-    warps * depth * tiles * 16 * ROW * 2
+pub const fn ring_bytes(layout: Layout) -> usize {
+    layout.warps * layout.depth * 16 * ROW * 2
 }
 
-/// How the kernels whose strips are pairs of tiles are laid out.
+/// How a kernel's block is laid out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Pairs {
-    /// Warps of a block.
+pub struct Layout {
+    /// Warps that compute chains.
     pub warps: usize,
     /// Stages of a warp's ring.
     pub depth: usize,
 }
 
-/// For one token or two ([`few_qkv()`], [`few_gate_up()`]): a warp normalises them soon enough, and a deep ring has most of
-/// the weights on their way before the predecessors end.
-pub const NARROW: Pairs = Pairs { warps: 2, depth: 12 };
-/// For more ([`few_qkv_wide()`], [`few_gate_up_wide()`]): the warps of a block share the work of normalising.
-pub const WIDE: Pairs = Pairs { warps: 4, depth: 8 };
-/// Stages of the ring of [`few_residual_1()`] and of [`few_residual_2()`].
-pub const RESIDUAL_DEPTH: usize = 16;
-/// Warps of a block of [`few_logits()`].
-pub const LOGITS_WARPS: usize = 4;
-/// Stages of the ring of [`few_logits()`].
-pub const LOGITS_DEPTH: usize = 8;
+/// Of [`few_qkv()`] and [`few_qkv_wide()`].
+pub const QKV: Layout = Layout { warps: 2, depth: 16 };
+/// Of [`few_gate_up()`] and [`few_gate_up_wide()`]: small models have a block for each multiprocessor of a large GPU, with
+/// room beside it for the kernel before and the kernel after.
+pub const GATE_UP: Layout = Layout { warps: 5, depth: 12 };
+/// Of the residual kernels, by the segments of K.
+#[must_use]
+pub const fn residual_layout(segments: usize) -> Layout {
+    Layout { warps: segments, depth: if segments == 4 { 8 } else { 16 } }
+}
+/// Of [`few_logits()`].
+pub const LOGITS: Layout = Layout { warps: 4, depth: 8 };
+
+/// Most tokens for which a block of [`few_qkv()`] or [`few_gate_up()`] has no warps but those of the chains. The `wide` kernels
+/// have a warp for each token, to normalise all of them at once.
+pub const NARROW: usize = 2;
+
+/// Elements that a thread asks for at once: 4 KiB.
+const AHEAD: usize = 2048;
+
+/// Asks for all of `ahead` to be in the second-level cache soon. The threads of the grid share the work.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+fn ask_ahead(ahead: In<bf16>) {
+    let threads = (thread::grid_dim_x() * thread::block_dim_x()) as usize;
+    let mut first = thread::index_1d() as usize * AHEAD;
+    while first < ahead.len() {
+        let left = ahead.len() - first;
+        ahead.prefetch(first, if left < AHEAD { left } else { AHEAD });
+        first += threads * AHEAD;
+    }
+}
 
 /// What a block has in shared memory: the tokens' inputs, then a ring for each warp.
 #[derive(Clone, Copy)]
@@ -71,12 +93,9 @@ struct Arena {
 
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-fn arena(tokens: usize, width: usize, warps: usize, tiles: usize, depth: usize) -> Arena {
+fn arena(tokens: usize, width: usize, layout: Layout) -> Arena {
     let start = input_bytes(tokens, width);
-    Arena {
-        input: shared::dynamic(0, tokens * (width + PAD)),
-        ring: shared::dynamic(start, ring_bytes(warps, tiles, depth) / 2),
-    }
+    Arena { input: shared::dynamic(0, tokens * (width + PAD)), ring: shared::dynamic(start, ring_bytes(layout) / 2) }
 }
 
 /// The strips of a warp: `first`, `first + step`, ... below `end`.
@@ -99,73 +118,72 @@ const CHUNK: usize = 4;
 
 /// The operands of a stage.
 #[derive(Clone, Copy)]
-struct Fragments<const TILES: usize> {
-    weight: [[[u32; 4]; TILES]; STAGE / 16],
+struct Fragments {
+    weight: [[u32; 4]; STAGE / 16],
     input: [[u32; 2]; STAGE / 16],
 }
 
-/// The chains of a warp's strips. `TILES` tiles of 16 outputs make a strip; `first_row(strip, tile)` is a tile's first row of
-/// the weight (rows beyond the last repeat it). `inputs` waits for the predecessors and fills `arena.input`, for the whole
+/// Where the lane's eight elements of each fourth row of a strip start.
+#[inline(always)]
+fn sources(first_row: impl Fn(usize) -> usize, last_row: usize, width: usize, first: usize) -> [usize; 4] {
+    let lane = thread::lane_id() as usize;
+    let mut from = [0; 4];
+    for part in 0..4 {
+        let row = first_row(part / 2) + part % 2 * 4 + lane / 8;
+        from[part] = (if row < last_row { row } else { last_row }) * width + first + lane % 8 * 8;
+    }
+    from
+}
+
+/// The chains of a warp's strips. A strip is 8 consecutive rows of the weight and 8 more; `first_row(strip, half)` is the
+/// first of each (rows beyond the last repeat it). `inputs` waits for the predecessors and fills `arena.input`, for the whole
 /// block, while the ring fills; what it returns goes to `finish`, which gets each strip's sums, in the fragment layout of a
-/// product: rows g and g + 8 of the tiles, tokens 2t and 2t + 1.
+/// product: row g of the first half, then of the second, tokens 2t and 2t + 1. A warp without strips only takes part in
+/// `inputs`.
 ///
 /// The ring has `DEPTH` stages in `DEPTH / CHUNK` chunks; `PENDING` is two chunks less. A product waits for the one before it
 /// (some 35 cycles), so what else there is to do, reading the next operands and filling the ring, goes in between, and is
 /// kept to few instructions.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-fn chains<const TILES: usize, const DEPTH: usize, const PENDING: usize, R>(
+fn chains<const DEPTH: usize, const PENDING: usize, R>(
     weight: In<bf16>,
     arena: Arena,
     tokens: usize,
     width: usize,
     segment: Segment,
     strips: Strips,
+    ahead: In<bf16>,
     first_row: impl Fn(usize, usize) -> usize,
     inputs: impl FnOnce() -> R,
-    mut finish: impl FnMut(usize, [[f32; 4]; TILES], &R),
+    mut finish: impl FnMut(usize, [f32; 4], &R),
 ) {
     const { assert!(DEPTH.is_multiple_of(CHUNK) && (PENDING + 2) * CHUNK == DEPTH) };
+    // Elements of a stage.
+    const SLOT: usize = 16 * ROW;
     let lane = thread::lane_id() as usize;
-    let slot_elements = TILES * 16 * ROW;
-    let ring_start = thread::warp_id() as usize * DEPTH * slot_elements;
+    let ring_start = thread::warp_id() as usize * DEPTH * SLOT;
     let last_row = weight.len() / width - 1;
     let stages = (segment.width / STAGE) as u32;
 
-    // Where the lane's eight elements of each fourth row of a strip's tiles start.
-    let sources = |strip: usize| {
-        let mut from = [[0; 4]; TILES];
-        for tile in 0..TILES {
-            for part in 0..4 {
-                let row = first_row(strip, tile) + part * 4 + lane / 8;
-                from[tile][part] = (if row < last_row { row } else { last_row }) * width + segment.first + lane % 8 * 8;
-            }
-        }
-        from
-    };
     let target = ring_start + lane / 8 * ROW + lane % 8 * 8;
-    let fill = |from: &[[usize; 4]; TILES], stage: u32, slot: u32| {
-        let to = target + slot as usize * slot_elements;
-        for tile in 0..TILES {
-            for part in 0..4 {
-                // SAFETY: the row is one of the weight's, and the stage one of the segment's.
-                unsafe {
-                    cp_async::copy_unchecked::<bf16, 8>(
-                        &arena.ring,
-                        to + (tile * 16 + part * 4) * ROW,
-                        &weight,
-                        from[tile][part] + stage as usize * STAGE,
-                    );
-                }
-            }
+    let fill = |from: &[usize; 4], stage: u32, slot: u32| {
+        let to = target + slot as usize * SLOT;
+        for part in 0..4 {
+            let from = from[part] + stage as usize * STAGE;
+            // SAFETY: the row is one of the weight's, and the stage one of the segment's.
+            unsafe { cp_async::copy_unchecked::<bf16, 8>(&arena.ring, to + part * 4 * ROW, &weight, from) };
         }
     };
     let next_chunk = |slot: u32| if slot + CHUNK as u32 == DEPTH as u32 { 0 } else { slot + CHUNK as u32 };
 
     // What is to be filled next: a chunk of a strip's stages, and where it goes.
     let (mut fill_strip, mut fill_stage, mut fill_slot) = (strips.first, 0u32, 0u32);
-    let mut from = sources(if fill_strip < strips.end { fill_strip } else { 0 });
-    for _ in 0..DEPTH / CHUNK - 1 {
+    let mut from = {
+        let strip = if fill_strip < strips.end { fill_strip } else { 0 };
+        sources(|part| first_row(strip, part), last_row, width, segment.first)
+    };
+    for _ in 0..DEPTH / CHUNK {
         if fill_strip < strips.end {
             for stage in 0..CHUNK as u32 {
                 if fill_stage + stage < stages {
@@ -178,40 +196,39 @@ fn chains<const TILES: usize, const DEPTH: usize, const PENDING: usize, R>(
                 fill_stage = 0;
                 fill_strip += strips.step;
                 if fill_strip < strips.end {
-                    from = sources(fill_strip);
+                    from = sources(|part| first_row(fill_strip, part), last_row, width, segment.first);
                 }
             }
         }
         cp_async::commit_group();
     }
     thread::allow_successor();
+    ask_ahead(ahead);
     let ready = inputs();
 
     let fragments = |slot: u32, stage: u32| {
-        let at = ring_start + slot as usize * slot_elements;
+        let at = ring_start + slot as usize * SLOT;
         let k = segment.first + stage as usize * STAGE;
-        let mut loaded = Fragments::<TILES> { weight: [[[0; 4]; TILES]; STAGE / 16], input: [[0; 2]; STAGE / 16] };
+        let mut loaded = Fragments { weight: [[0; 4]; STAGE / 16], input: [[0; 2]; STAGE / 16] };
         for step in 0..STAGE / 16 {
             if step % 2 == 0 {
                 let pair = mma::load_b_steps_of(&arena.input, k + step * 16, width + PAD, tokens);
                 loaded.input[step] = pair[0];
                 loaded.input[step + 1] = pair[1];
             }
-            for tile in 0..TILES {
-                loaded.weight[step][tile] = mma::load_a(&arena.ring, at + tile * 16 * ROW + step * 16, ROW);
-            }
+            loaded.weight[step] = mma::load_a(&arena.ring, at + step * 16, ROW);
         }
         loaded
     };
     let mut slot = 0u32;
     let mut strip = strips.first;
+    // The ring is full, and nothing of it has been read.
+    let mut full = true;
     while strip < strips.end {
-        let mut sums = [[0.0f32; 4]; TILES];
-        let mut product = |operands: &Fragments<TILES>| {
+        let mut sums = [0.0f32; 4];
+        let mut product = |operands: &Fragments| {
             for step in 0..STAGE / 16 {
-                for tile in 0..TILES {
-                    sums[tile] = mma::m16n8k16_bf16(operands.weight[step][tile], operands.input[step], sums[tile]);
-                }
+                sums = mma::m16n8k16_bf16(operands.weight[step], operands.input[step], sums);
             }
         };
         let mut stage = 0u32;
@@ -219,7 +236,7 @@ fn chains<const TILES: usize, const DEPTH: usize, const PENDING: usize, R>(
             // The chunk has landed for all lanes, and all have read the one before, whose room is filled again.
             cp_async::wait_group::<PENDING>();
             warp::sync_warp();
-            let fills = fill_strip < strips.end;
+            let fills = !full && fill_strip < strips.end;
             if stage + CHUNK as u32 <= stages {
                 let mut operands = fragments(slot, stage);
                 for part in 0..CHUNK as u32 {
@@ -241,7 +258,10 @@ fn chains<const TILES: usize, const DEPTH: usize, const PENDING: usize, R>(
                     }
                 }
             }
-            cp_async::commit_group();
+            if !full {
+                cp_async::commit_group();
+            }
+            full = false;
             slot = next_chunk(slot);
             stage += CHUNK as u32;
             if fills {
@@ -251,7 +271,7 @@ fn chains<const TILES: usize, const DEPTH: usize, const PENDING: usize, R>(
                     fill_stage = 0;
                     fill_strip += strips.step;
                     if fill_strip < strips.end {
-                        from = sources(fill_strip);
+                        from = sources(|part| first_row(fill_strip, part), last_row, width, segment.first);
                     }
                 }
             }
@@ -274,10 +294,17 @@ fn eight(x: In<f32>, index: usize) -> [f32; 8] {
 /// row per warp, each lane in the place of four of its reduction's lanes.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-fn normalised(input: &Shared<bf16>, x: In<f32>, gain: In<bf16>, tokens: usize, width: usize, eps: f32) {
+fn normalised<const THREADS: usize>(
+    input: &Shared<bf16>,
+    x: In<f32>,
+    gain: In<bf16>,
+    tokens: usize,
+    width: usize,
+    eps: f32,
+) {
     const PARTS: usize = REDUCTION_LANES / 32;
     const TURN: usize = REDUCTION_LANES * 8;
-    let (lane, warps) = (thread::lane_id() as usize, (thread::block_dim_x() / 32) as usize);
+    let lane = thread::lane_id() as usize;
     // The first 1024 elements, which are all of a small model's, stay in registers between the two passes. The gains are
     // weights, and are read while the predecessors still run.
     let mut gains = [[bf16::ZERO; 8]; PARTS];
@@ -334,39 +361,39 @@ fn normalised(input: &Shared<bf16>, x: In<f32>, gain: In<bf16>, tokens: usize, w
                 column += TURN;
             }
         }
-        token += warps;
+        token += THREADS / 32;
     }
     thread::sync_threads();
 }
 
-/// Copies the rows of `x` into shared memory.
+/// Copies a segment of the rows of `x` into shared memory, for the calling warp, which does it alone.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-fn copied(input: &Shared<bf16>, x: In<bf16>, tokens: usize, width: usize) {
-    let threads = thread::block_dim_x() as usize;
+fn copied(input: &Shared<bf16>, x: In<bf16>, tokens: usize, width: usize, segment: Segment) {
     x.check(0, tokens * width);
     for token in 0..tokens {
-        let mut column = thread::thread_idx_x() as usize * 8;
-        while column < width {
+        let mut column = segment.first + thread::lane_id() as usize * 8;
+        while column < segment.first + segment.width {
             // SAFETY: checked above.
             unsafe {
                 cp_async::copy_unchecked::<bf16, 8>(input, token * (width + PAD) + column, &x, token * width + column);
             }
-            column += threads * 8;
+            column += 32 * 8;
         }
     }
     cp_async::commit_group();
     cp_async::wait_group::<0>();
-    thread::sync_threads();
+    warp::sync_warp();
 }
 
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-fn qkv<const WARPS: usize, const DEPTH: usize, const PENDING: usize>(
+fn qkv<const THREADS: usize>(
     residual: In<f32>,
     gain: In<bf16>,
     weight: In<bf16>,
     bias: In<bf16>,
+    ahead: In<bf16>,
     table: In<f32>,
     positions: In<u32>,
     row_tables: In<u32>,
@@ -383,28 +410,30 @@ fn qkv<const WARPS: usize, const DEPTH: usize, const PENDING: usize>(
 ) {
     let (tokens, width) = (tokens as usize, width as usize);
     let (heads, kv_heads, head_width) = (heads as usize, kv_heads as usize, head_width as usize);
-    let (half, per_head) = (head_width / 2, head_width / 32);
+    let (half, per_head) = (head_width / 2, head_width / 16);
     let all_heads = heads + 2 * kv_heads;
-    let arena = arena(tokens, width, WARPS, 2, DEPTH);
+    let arena = arena(tokens, width, QKV);
     let (g, t) = ((thread::lane_id() / 4) as usize, (thread::lane_id() % 4) as usize);
     let strips = all_heads * per_head;
-    let strip = thread::block_idx_x() as usize * WARPS + thread::warp_id() as usize;
+    let strip = own_strip(QKV, strips);
     let head = strip / per_head;
-    // The token and the place in the head's first half of each of the lane's four sums.
-    let place = |element: usize| (t * 2 + element % 2, strip % per_head * 16 + g + element / 2 * 8);
-    chains::<2, DEPTH, PENDING, _>(
+    // The lane's place in the head's first half, and its tokens.
+    let i = strip % per_head * 8 + g;
+    let own = [t * 2, t * 2 + 1];
+    chains::<{ QKV.depth }, { QKV.depth / CHUNK - 2 }, _>(
         weight,
         arena,
         tokens,
         width,
         Segment { first: 0, width },
         Strips { first: strip, step: strips, end: strips },
-        |strip, tile| strip / per_head * head_width + tile * half + strip % per_head * 16,
+        ahead,
+        |strip, part| strip / per_head * head_width + part * half + strip % per_head * 8,
         || {
             // What the epilogue needs is older than the predecessors.
-            let mut ready = [Epilogue::EMPTY; 4];
-            for element in 0..4 {
-                let (token, i) = place(element);
+            let mut ready = [Epilogue::EMPTY; 2];
+            for index in 0..2 {
+                let token = own[index];
                 if token < tokens && strip < strips {
                     let position = positions.get(token);
                     let mut one = Epilogue { position, ..Epilogue::EMPTY };
@@ -420,21 +449,21 @@ fn qkv<const WARPS: usize, const DEPTH: usize, const PENDING: usize>(
                             one.page = page_tables.get(row_tables.get(token) as usize + position as usize / PAGE);
                         }
                     }
-                    ready[element] = one;
+                    ready[index] = one;
                 }
             }
-            normalised(&arena.input, residual, gain, tokens, width, eps);
+            normalised::<THREADS>(&arena.input, residual, gain, tokens, width, eps);
             ready
         },
         |_, sums, ready| {
-            for element in 0..4 {
-                let (token, i) = place(element);
-                let Epilogue { position, bias: offsets, rotation: [cos, sin], page } = ready[element];
+            for index in 0..2 {
+                let token = own[index];
+                let Epilogue { position, bias: offsets, rotation: [cos, sin], page } = ready[index];
                 if position == u32::MAX {
                     continue;
                 }
                 let (first, second) = (head * head_width + i, head * head_width + half + i);
-                let (mut a, mut b) = (sums[0][element], sums[1][element]);
+                let (mut a, mut b) = (sums[index], sums[index + 2]);
                 if !bias.is_empty() {
                     a += offsets[0];
                     b += offsets[1];
@@ -463,15 +492,23 @@ fn qkv<const WARPS: usize, const DEPTH: usize, const PENDING: usize>(
     );
 }
 
+/// The strip of the calling warp, or `strips` where it has none.
+#[inline(always)]
+fn own_strip(layout: Layout, strips: usize) -> usize {
+    let warp = thread::warp_id() as usize;
+    let strip = thread::block_idx_x() as usize * layout.warps + warp;
+    if warp < layout.warps && strip < strips { strip } else { strips }
+}
+
 macro_rules! qkv_kernel {
-    ($name:ident, $threads:tt, $layout:ident) => {
+    ($name:ident, $threads:tt) => {
         /// RMSNorm, the query, key and value layer, bias, rotary embedding (pairs i and i + D/2), and the KV cache's new entries.
         ///
         /// - `residual`: f32 \[T, C\]; `gain`: bf16 \[C\]; `weight`: bf16 \[(H + 2 G) D, C\]; `bias`: bf16 \[(H + 2 G) D\] or empty;
-        ///   `table`: f32 \[positions, D/2, 2\]; `queries`: f32 \[T, (H + 2 G) D\], of which the query columns are written; pages as in
+        ///   `ahead`: bf16, weights to bring into the cache for a later kernel, or empty; `table`: f32 \[positions, D/2, 2\]; `queries`: f32 \[T, (H + 2 G) D\], of which the query columns are written; pages as in
         ///   [`crate::kv_write`].
-        /// - grid: as many blocks of this layout's warps ([`NARROW`] or [`WIDE`]) as cover (H + 2 G) D / 32 strips; a warp makes 16 outputs of the first half of a head and
-        ///   their 16 partners of the second.
+        /// - grid: blocks of [`QKV`]'s warps for (H + 2 G) D / 16 strips; a warp makes 8 outputs of the first half of a head and
+        ///   their 8 partners of the second.
         /// - bytes: 2 N C, and 4 T C for each block.
         /// - the caller: T is at most [`FEW`], C a multiple of 64, D of 32; a row whose position is `u32::MAX` stores nothing;
         ///   dynamic shared memory as [`input_bytes`] and [`ring_bytes`] say.
@@ -481,6 +518,7 @@ macro_rules! qkv_kernel {
             gain: In<bf16>,
             weight: In<bf16>,
             bias: In<bf16>,
+            ahead: In<bf16>,
             table: In<f32>,
             positions: In<u32>,
             row_tables: In<u32>,
@@ -495,11 +533,12 @@ macro_rules! qkv_kernel {
             head_width: u32,
             eps: f32,
         ) {
-            qkv::<{ $layout.warps }, { $layout.depth }, { $layout.depth / CHUNK - 2 }>(
+            qkv::<$threads>(
                 residual,
                 gain,
                 weight,
                 bias,
+                ahead,
                 table,
                 positions,
                 row_tables,
@@ -517,8 +556,8 @@ macro_rules! qkv_kernel {
         }
     };
 }
-qkv_kernel!(few_qkv, 64, NARROW);
-qkv_kernel!(few_qkv_wide, 128, WIDE);
+qkv_kernel!(few_qkv, 64);
+qkv_kernel!(few_qkv_wide, 256);
 
 /// What one pair of sums of [`few_qkv()`] meets on its way out.
 #[derive(Clone, Copy)]
@@ -537,10 +576,11 @@ impl Epilogue {
 
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-fn gate_up<const WARPS: usize, const DEPTH: usize, const PENDING: usize>(
+fn gate_up<const THREADS: usize>(
     residual: In<f32>,
     gain: In<bf16>,
     weight: In<bf16>,
+    ahead: In<bf16>,
     out: Out<bf16>,
     tokens: u32,
     width: u32,
@@ -548,27 +588,25 @@ fn gate_up<const WARPS: usize, const DEPTH: usize, const PENDING: usize>(
     eps: f32,
 ) {
     let (tokens, width, ffn) = (tokens as usize, width as usize, ffn as usize);
-    let arena = arena(tokens, width, WARPS, 2, DEPTH);
+    let arena = arena(tokens, width, GATE_UP);
     let (g, t) = ((thread::lane_id() / 4) as usize, (thread::lane_id() % 4) as usize);
-    chains::<2, DEPTH, PENDING, _>(
+    let strips = ffn / 8;
+    chains::<{ GATE_UP.depth }, { GATE_UP.depth / CHUNK - 2 }, _>(
         weight,
         arena,
         tokens,
         width,
         Segment { first: 0, width },
-        Strips {
-            first: thread::block_idx_x() as usize * WARPS + thread::warp_id() as usize,
-            step: ffn / 16,
-            end: ffn / 16,
-        },
-        |strip, tile| tile * ffn + strip * 16,
-        || normalised(&arena.input, residual, gain, tokens, width, eps),
+        Strips { first: own_strip(GATE_UP, strips), step: strips, end: strips },
+        ahead,
+        |strip, part| part * ffn + strip * 8,
+        || normalised::<THREADS>(&arena.input, residual, gain, tokens, width, eps),
         |strip, sums, ()| {
-            for element in 0..4 {
-                let (token, column) = (t * 2 + element % 2, strip * 16 + g + element / 2 * 8);
+            for index in 0..2 {
+                let token = t * 2 + index;
                 if token < tokens {
-                    let value = gated(f32_to_bf16(sums[0][element]), f32_to_bf16(sums[1][element]));
-                    out.set(token * ffn + column, f32_to_bf16(value));
+                    let value = gated(f32_to_bf16(sums[index]), f32_to_bf16(sums[index + 2]));
+                    out.set(token * ffn + strip * 8 + g, f32_to_bf16(value));
                 }
             }
         },
@@ -576,11 +614,12 @@ fn gate_up<const WARPS: usize, const DEPTH: usize, const PENDING: usize>(
 }
 
 macro_rules! gate_up_kernel {
-    ($name:ident, $threads:tt, $layout:ident) => {
+    ($name:ident, $threads:tt) => {
         /// RMSNorm, the gate and up layer, and the gated activation.
         ///
-        /// - `residual`: f32 \[T, C\]; `gain`: bf16 \[C\]; `weight`: bf16 \[2 F, C\], gate then up; `out`: bf16 \[T, F\].
-        /// - grid: as many blocks of this layout's warps ([`NARROW`] or [`WIDE`]) as cover F / 16 strips; a warp makes 16 gates and their 16 ups.
+        /// - `residual`: f32 \[T, C\]; `gain`: bf16 \[C\]; `weight`: bf16 \[2 F, C\], gate then up; `ahead` as in
+        ///   [`few_qkv()`]; `out`: bf16 \[T, F\].
+        /// - grid: blocks of [`GATE_UP`]'s warps for F / 8 strips; a warp makes 8 gates and their 8 ups.
         /// - bytes: 4 F C, and 4 T C for each block.
         /// - the caller: T is at most [`FEW`], C a multiple of 64, F of 16; dynamic shared memory as in [`few_qkv()`].
         #[kernel(block = $threads, min_blocks = 1)]
@@ -588,47 +627,49 @@ macro_rules! gate_up_kernel {
             residual: In<f32>,
             gain: In<bf16>,
             weight: In<bf16>,
+            ahead: In<bf16>,
             out: Out<bf16>,
             tokens: u32,
             width: u32,
             ffn: u32,
             eps: f32,
         ) {
-            gate_up::<{ $layout.warps }, { $layout.depth }, { $layout.depth / CHUNK - 2 }>(
-                residual, gain, weight, out, tokens, width, ffn, eps,
-            );
+            gate_up::<$threads>(residual, gain, weight, ahead, out, tokens, width, ffn, eps);
         }
     };
 }
-gate_up_kernel!(few_gate_up, 64, NARROW);
-gate_up_kernel!(few_gate_up_wide, 128, WIDE);
+gate_up_kernel!(few_gate_up, 160);
+gate_up_kernel!(few_gate_up_wide, 256);
 
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-fn few_residual<const SEGMENTS: usize>(
+fn few_residual<const SEGMENTS: usize, const DEPTH: usize, const PENDING: usize>(
     x: In<bf16>,
     weight: In<bf16>,
+    ahead: In<bf16>,
     residual: InOut<f32>,
     partials: Shared<f32>,
     tokens: usize,
     outputs: usize,
     width: usize,
 ) {
-    let arena = arena(tokens, width, SEGMENTS, 1, RESIDUAL_DEPTH);
+    let arena = arena(tokens, width, residual_layout(SEGMENTS));
     let lane = thread::lane_id() as usize;
     let (g, t) = (lane / 4, lane % 4);
     let warp = thread::warp_id() as usize;
     let part = width / SEGMENTS;
+    let segment = Segment { first: warp * part, width: part };
     // The token and the output of each of the lane's four sums.
     let place = |element: usize| (t * 2 + element % 2, thread::block_idx_x() as usize * 16 + g + element / 2 * 8);
-    chains::<1, RESIDUAL_DEPTH, { RESIDUAL_DEPTH / CHUNK - 2 }, _>(
+    chains::<DEPTH, PENDING, _>(
         weight,
         arena,
         tokens,
         width,
-        Segment { first: warp * part, width: part },
+        segment,
         Strips { first: thread::block_idx_x() as usize, step: outputs, end: outputs.div_ceil(16) },
-        |strip, _| strip * 16,
+        ahead,
+        |strip, part| strip * 16 + part * 8,
         || {
             thread::wait_for_predecessors();
             // Read early: the way to memory and back is longer than an addition.
@@ -639,10 +680,10 @@ fn few_residual<const SEGMENTS: usize>(
                     before[element] = residual.get(token * outputs + output);
                 }
             }
-            copied(&arena.input, x, tokens, width);
+            copied(&arena.input, x, tokens, width, segment);
             before
         },
-        |_, [mut sums], before| {
+        |_, mut sums, before| {
             if SEGMENTS > 1 {
                 if warp > 0 {
                     partials.store(((warp - 1) * 32 + lane) * 4, sums);
@@ -673,15 +714,33 @@ macro_rules! residual_kernel {
         /// A linear layer whose output is added to the residual stream, with K in this many segments
         /// (see [`crate::linear`]).
         ///
-        /// - `x`: bf16 \[T, K\]; `weight`: bf16 \[C, K\]; `residual`: f32 \[T, C\].
+        /// - `x`: bf16 \[T, K\]; `weight`: bf16 \[C, K\]; `ahead` as in [`few_qkv()`]; `residual`: f32 \[T, C\].
         /// - grid: ceil(C / 16) blocks of a warp per segment; a block makes 16 outputs.
         /// - bytes: 2 C K, and 2 T K for each block.
         /// - the caller: T is at most [`FEW`], K a multiple of 64 times the segments; dynamic shared memory as in
         ///   [`few_qkv()`].
         #[kernel(block = $threads, min_blocks = 1)]
-        pub fn $name(x: In<bf16>, weight: In<bf16>, residual: InOut<f32>, tokens: u32, outputs: u32, width: u32) {
+        pub fn $name(
+            x: In<bf16>,
+            weight: In<bf16>,
+            ahead: In<bf16>,
+            residual: InOut<f32>,
+            tokens: u32,
+            outputs: u32,
+            width: u32,
+        ) {
+            const DEPTH: usize = residual_layout($segments).depth;
             let partials = shared_array!(f32, 128 * $segments);
-            few_residual::<$segments>(x, weight, residual, partials, tokens as usize, outputs as usize, width as usize);
+            few_residual::<$segments, DEPTH, { DEPTH / CHUNK - 2 }>(
+                x,
+                weight,
+                ahead,
+                residual,
+                partials,
+                tokens as usize,
+                outputs as usize,
+                width as usize,
+            );
         }
     };
 }
@@ -694,7 +753,7 @@ residual_kernel!(few_residual_4, 4, 128);
 ///
 /// - `residual`: f32 \[T, C\]; `gain`: bf16 \[C\]; `weight`: bf16 \[V, C\]; `logits`: f32 \[T, V\], or empty;
 ///   `best`: u64 \[blocks, [`FEW`]\].
-/// - any grid of blocks of [`LOGITS_WARPS`] warps; a warp takes every so many strips of 16 outputs.
+/// - any grid of blocks of [`LOGITS`]'s warps; a warp takes every so many strips of 16 outputs.
 /// - bytes: 2 V C, 4 T V if logits are wanted, and 4 T C for each block.
 /// - the caller: T is at most [`FEW`], C a multiple of 64; dynamic shared memory as in [`few_qkv()`].
 #[kernel(block = 128, min_blocks = 1)]
@@ -709,27 +768,28 @@ pub fn few_logits(
     vocab: u32,
     eps: f32,
 ) {
-    let block_best = shared_array!(u64, LOGITS_WARPS * FEW);
+    let block_best = shared_array!(u64, LOGITS.warps * FEW);
     let (tokens, width, vocab) = (tokens as usize, width as usize, vocab as usize);
-    let arena = arena(tokens, width, LOGITS_WARPS, 1, LOGITS_DEPTH);
+    let arena = arena(tokens, width, LOGITS);
     let lane = thread::lane_id() as usize;
     let (g, t) = (lane / 4, lane % 4);
     let (block, warp) = (thread::block_idx_x() as usize, thread::warp_id() as usize);
     let mut warp_best = [0u64; 2];
-    chains::<1, LOGITS_DEPTH, { LOGITS_DEPTH / CHUNK - 2 }, _>(
+    chains::<{ LOGITS.depth }, { LOGITS.depth / CHUNK - 2 }, _>(
         weight,
         arena,
         tokens,
         width,
         Segment { first: 0, width },
         Strips {
-            first: block * LOGITS_WARPS + warp,
-            step: thread::grid_dim_x() as usize * LOGITS_WARPS,
+            first: block * LOGITS.warps + warp,
+            step: thread::grid_dim_x() as usize * LOGITS.warps,
             end: vocab.div_ceil(16),
         },
-        |strip, _| strip * 16,
-        || normalised(&arena.input, residual, gain, tokens, width, eps),
-        |strip, [sums], ()| {
+        weight.none(),
+        |strip, part| strip * 16 + part * 8,
+        || normalised::<{ LOGITS.warps * 32 }>(&arena.input, residual, gain, tokens, width, eps),
+        |strip, sums, ()| {
             for element in 0..4 {
                 let (token, id) = (t * 2 + element % 2, strip * 16 + g + element / 2 * 8);
                 if token < tokens && id < vocab {
@@ -759,7 +819,7 @@ pub fn few_logits(
     let thread = thread::thread_idx_x() as usize;
     if thread < FEW {
         let mut key = 0;
-        for warp in 0..LOGITS_WARPS {
+        for warp in 0..LOGITS.warps {
             let other = block_best.get(warp * FEW + thread);
             key = if other > key { other } else { key };
         }

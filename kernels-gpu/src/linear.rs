@@ -6,6 +6,9 @@
 //!   On Hopper cuBLASLt without split-K gives the same bits, which the self-test proves on the device at hand;
 //! - the plain chain (`linear_plain`): fused multiply-adds one k at a time, from 0. The CPU device's linear layer gives
 //!   the same bits.
+//!
+//! K may be cut in equal, consecutive segments, each a chain from 0 with an output matrix of its own, which whoever reads
+//! them adds in order: the parts of a layer.
 
 use cuda_std::prelude::*;
 
@@ -18,7 +21,8 @@ pub const BLOCK_TOKENS: usize = TOKEN_TILES * 8;
 /// Outputs of a block: 4 warps of 16.
 pub const BLOCK_OUTPUTS: usize = 64;
 
-/// One warp: 16 outputs for 32 tokens. Weights are the 16-row operand, tokens the 8-column operand.
+/// One warp: 16 outputs for 32 tokens. Weights are the 16-row operand, tokens the 8-column operand. The segment of `part` k
+/// is the block's z.
 #[inline(always)]
 fn chain(
     x: In<bf16>,
@@ -26,6 +30,7 @@ fn chain(
     tokens: usize,
     outputs: usize,
     width: usize,
+    part: usize,
     store: impl Fn(usize, usize, f32),
 ) {
     let (g, t) = ((thread::lane_id() / 4) as usize, (thread::lane_id() % 4) as usize);
@@ -46,8 +51,9 @@ fn chain(
     thread::allow_successor();
     thread::wait_for_predecessors();
     let mut sums = [[0.0f32; 4]; TOKEN_TILES];
-    let mut k = 0;
-    while k < width {
+    let mut k = thread::block_idx_z() as usize * part;
+    let end = k + part;
+    while k < end {
         let a = [
             pair(&weight, rows[0] + k),
             pair(&weight, rows[1] + k),
@@ -70,42 +76,45 @@ fn chain(
     }
 }
 
-/// The tensor-core chain with f32 output.
+/// The tensor-core chain with f32 output, in S segments.
 ///
-/// - `x`: bf16 \[M, K\]; `weight`: bf16 \[N, K\]; `out`: f32 \[M, N\].
-/// - grid (ceil(N / 64), ceil(M / 32)); a warp makes 16 outputs for 32 tokens.
-/// - bytes: 2 (N K + M K) + 4 M N, weights once per 32 tokens.
-/// - the caller: `width` = K is a multiple of 16.
+/// - `x`: bf16 \[M, K\]; `weight`: bf16 \[N, K\]; `out`: f32 \[S, M, N\].
+/// - grid (ceil(N / 64), ceil(M / 32), S); a warp makes 16 outputs of a segment for 32 tokens.
+/// - bytes: 2 (N K + M K) + 4 S M N, weights once per 32 tokens.
+/// - the caller: `width` = K, `part` = K / S is a multiple of 16.
 #[kernel(block = 128, min_blocks = 1)]
-pub fn linear_f32(x: In<bf16>, weight: In<bf16>, out: Out<f32>, tokens: u32, outputs: u32, width: u32) {
-    chain(x, weight, tokens as usize, outputs as usize, width as usize, |m, n, sum| {
-        out.set(m * outputs as usize + n, sum);
+pub fn linear_f32(x: In<bf16>, weight: In<bf16>, out: Out<f32>, tokens: u32, outputs: u32, width: u32, part: u32) {
+    let (tokens, outputs) = (tokens as usize, outputs as usize);
+    let first = thread::block_idx_z() as usize * tokens;
+    chain(x, weight, tokens, outputs, width as usize, part as usize, |m, n, sum| {
+        out.set((first + m) * outputs + n, sum);
     });
 }
 
-/// The tensor-core chain with the result rounded to bf16: otherwise as [`linear_f32()`].
+/// The tensor-core chain in one segment, with the result rounded to bf16: otherwise as [`linear_f32()`].
 #[kernel(block = 128, min_blocks = 1)]
 pub fn linear_bf16(x: In<bf16>, weight: In<bf16>, out: Out<bf16>, tokens: u32, outputs: u32, width: u32) {
-    chain(x, weight, tokens as usize, outputs as usize, width as usize, |m, n, sum| {
+    chain(x, weight, tokens as usize, outputs as usize, width as usize, width as usize, |m, n, sum| {
         out.set(m * outputs as usize + n, f32_to_bf16(sum));
     });
 }
 
-/// The plain chain with f32 output, for any K.
+/// The plain chain with f32 output, for any K, in S segments.
 ///
-/// - `x`: bf16 \[M, K\]; `weight`: bf16 \[N, K\]; `out`: f32 \[M, N\].
-/// - grid (ceil(N / 128), M); a thread makes one output.
+/// - `x`: bf16 \[M, K\]; `weight`: bf16 \[N, K\]; `out`: f32 \[S, M, N\].
+/// - grid (ceil(N / 128), M, S); a thread makes one output of a segment.
 /// - bytes: 2 N K per token; slow, and meant for tests.
-/// - the caller: `width` = K.
+/// - the caller: `width` = K, `part` = K / S.
 #[kernel(block = 128)]
-pub fn linear_plain(x: In<bf16>, weight: In<bf16>, out: Out<f32>, outputs: u32, width: u32) {
+pub fn linear_plain(x: In<bf16>, weight: In<bf16>, out: Out<f32>, tokens: u32, outputs: u32, width: u32, part: u32) {
     let output = thread::index_1d() as usize;
     if output < outputs as usize {
         let (token, width) = (thread::block_idx_y() as usize, width as usize);
+        let (segment, part) = (thread::block_idx_z() as usize, part as usize);
         let mut sum = 0.0;
-        for k in 0..width {
+        for k in segment * part..(segment + 1) * part {
             sum = math::fma(bf16_to_f32(x.get(token * width + k)), bf16_to_f32(weight.get(output * width + k)), sum);
         }
-        out.set(token * outputs as usize + output, sum);
+        out.set((segment * tokens as usize + token) * outputs as usize + output, sum);
     }
 }

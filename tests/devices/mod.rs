@@ -9,6 +9,11 @@ pub(crate) fn cpu() -> Device {
     Device::cpu(CpuOptions::default()).unwrap()
 }
 
+/// The CPU with linear layers by tensor-core kernels, as on a GPU.
+pub(crate) fn cpu_like_a_gpu() -> Device {
+    Device::cpu(CpuOptions { tensor_cores: true, ..CpuOptions::default() }).unwrap()
+}
+
 /// The first GPU, with the kernels of this build.
 pub(crate) fn cuda() -> Device {
     let images = KernelImages {

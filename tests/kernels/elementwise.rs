@@ -31,13 +31,48 @@ pub(crate) fn bias_add(rig: &mut Rig) {
 pub(crate) fn residual_add(rig: &mut Rig) {
     for &len in rig.pick(&[4, 1028][..], &[4, 1000, 1024, 1028, 33 * 896]) {
         let mut rng = TestRng::new(12);
-        let (residual, x) = (rng.f32s(len), rng.f32s(len));
+        let (residual, x) = (rounding(&mut rng, len), rng.f32s(len));
         let mut out = rig.filled(&residual);
         let x_buffer = rig.filled(&x);
         ops::residual_add(&rig.device, &mut out.view_mut(), &x_buffer.view()).unwrap();
         let expected: Vec<f32> = residual.iter().zip(&x).map(|(&a, &b)| sum(a, b)).collect();
         assert_same(&rig.read("residual_add", &out), &expected, "residual_add");
+
+        for (count, name) in [(2, "residual_add_2"), (4, "residual_add_4")] {
+            let parts = rounding(&mut rng, count * len);
+            let mut out = rig.filled(&residual);
+            let buffer = rig.filled(&parts);
+            ops::residual_add(&rig.device, &mut out.view_mut(), &buffer.view()).unwrap();
+            let expected = in_order(&residual, &parts);
+            assert_same(&rig.read(name, &out), &expected, name);
+            // The planted faults: parts in another order, or each added to the residual by itself.
+            if len > 4 {
+                let backwards: Vec<f32> = parts.chunks(len).rev().flatten().copied().collect();
+                let one_by_one = parts.chunks(len).fold(residual.clone(), |sums, part| in_order(&sums, part));
+                assert!(count == 2 || in_order(&residual, &backwards) != expected);
+                assert_ne!(one_by_one, expected);
+            }
+        }
     }
+    // Parts that are not 1, 2 or 4 whole ones.
+    let (mut out, parts) = (rig.filled(&[0.0_f32; 8]), rig.filled(&[0.0_f32; 32]));
+    for len in [0, 4, 12, 24, 28] {
+        let parts = parts.view().slice(..len).unwrap();
+        assert!(ops::residual_add(&rig.device, &mut out.view_mut(), &parts).is_err(), "{len}");
+    }
+}
+
+/// Values of many magnitudes, whose sums are rounded: those of the generator are multiples of one number, and a few of them
+/// add without rounding in any order.
+pub(crate) fn rounding(rng: &mut TestRng, len: usize) -> Vec<f32> {
+    rng.f32s(len).into_iter().map(|value| value * value * value).collect()
+}
+
+/// residual + (((p0 + p1) + p2) + p3), each sum rounded once.
+pub(crate) fn in_order(residual: &[f32], parts: &[f32]) -> Vec<f32> {
+    let len = residual.len();
+    let of_one = |index: usize| parts[index..].iter().step_by(len).copied().reduce(sum).unwrap();
+    (0..len).map(|index| sum(residual[index], of_one(index))).collect()
 }
 
 pub(crate) fn silu_mul(rig: &mut Rig) {

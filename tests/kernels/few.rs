@@ -116,6 +116,7 @@ pub(crate) fn qkv(rig: &mut Rig) {
             &residual.view(),
             Norm { gain: gain.view(), eps: EPS },
             &layer,
+            Some(&layer),
             bias.as_ref().map(Guarded::view).as_ref(),
             &table.view(),
             Places { positions: positions.view(), row_tables: row_tables.view(), page_tables: page_tables.view() },
@@ -126,7 +127,7 @@ pub(crate) fn qkv(rig: &mut Rig) {
         .unwrap();
         let what = format!("{tokens} tokens of {hidden}, {heads:?}");
         let (expected, positions) = (rig.download(&expected), rig.download(&positions));
-        let queries = rig.read(if tokens <= 2 { "few_qkv" } else { "few_qkv_wide" }, &queries);
+        let queries = rig.read(if tokens <= kernels_gpu::few::NARROW { "few_qkv" } else { "few_qkv_wide" }, &queries);
         for row in 0..tokens {
             let (found, wanted) = (&queries[row * width..][..width], &expected[row * width..][..width]);
             let (found, rest) = found.split_at(heads.query_width());
@@ -138,8 +139,16 @@ pub(crate) fn qkv(rig: &mut Rig) {
             assert!(rest.iter().all(|value| value.is_nan()), "keys and values are not left here");
         }
         let (keys, values) = (rig.download(&keys), rig.download(&values));
-        assert_same(&rig.read(if tokens <= 2 { "few_qkv" } else { "few_qkv_wide" }, &new_keys), &keys, &what);
-        assert_same(&rig.read(if tokens <= 2 { "few_qkv" } else { "few_qkv_wide" }, &new_values), &values, &what);
+        assert_same(
+            &rig.read(if tokens <= kernels_gpu::few::NARROW { "few_qkv" } else { "few_qkv_wide" }, &new_keys),
+            &keys,
+            &what,
+        );
+        assert_same(
+            &rig.read(if tokens <= kernels_gpu::few::NARROW { "few_qkv" } else { "few_qkv_wide" }, &new_values),
+            &values,
+            &what,
+        );
     }
 }
 
@@ -159,10 +168,10 @@ pub(crate) fn gate_up(rig: &mut Rig) {
 
         let mut out = rig.unwritten::<bf16>(tokens * ffn);
         let norm = Norm { gain: gain.view(), eps: EPS };
-        ops::few_gate_up(&device, &residual.view(), norm, &layer, &mut out.view_mut()).unwrap();
+        ops::few_gate_up(&device, &residual.view(), norm, &layer, Some(&layer), &mut out.view_mut()).unwrap();
         let expected = rig.download(&expected);
         assert_same(
-            &rig.read(if tokens <= 2 { "few_gate_up" } else { "few_gate_up_wide" }, &out),
+            &rig.read(if tokens <= kernels_gpu::few::NARROW { "few_gate_up" } else { "few_gate_up_wide" }, &out),
             &expected,
             &format!("{tokens} tokens of {hidden} x {ffn}"),
         );
@@ -198,10 +207,22 @@ pub(crate) fn residual(rig: &mut Rig) {
             }
             let expected: Vec<f32> = before.iter().zip(&expected).map(|(before, sum)| before + sum).collect();
 
+            // The same through the operations of many rows.
             let (x, mut out) = (rig.filled(&x), rig.filled(&before));
-            ops::few_residual_in(&device, segments, &x.view(), &layer, &mut out.view_mut()).unwrap();
+            let mut parts = rig.unwritten(segments * tokens * hidden);
+            let rows = rig.filled(&rows);
+            ops::linear_parts_kernel(&device, &x.view(), &rows.view(), &mut parts.view_mut(), width).unwrap();
+            let (mut stream, mut out_norm) = (rig.filled(&before), rig.unwritten::<bf16>(tokens * hidden));
+            let gain = rig.filled(&rng.bf16s(hidden));
+            let (residual, rounded) = (&mut stream.view_mut(), &mut out_norm.view_mut());
+            ops::residual_norm(&device, residual, &parts.view(), &gain.view(), rounded, EPS).unwrap();
+            assert_same(&rig.download(&stream), &expected, "residual_norm of parts");
+
+            ops::few_residual_in(&device, segments, &x.view(), &layer, Some(&layer), &mut out.view_mut()).unwrap();
             let what = format!("{tokens} tokens of {width} x {hidden} in {segments} segments");
             assert_same(&rig.read(name, &out), &expected, &what);
+            let fused = normed(rig, &out, &gain, tokens * hidden);
+            assert_same(&rig.download(&out_norm), &rig.download(&fused), &what);
         }
     }
 }
@@ -297,6 +318,17 @@ fn speed() {
             }
             println!("{tokens} tokens, {what}: {best:.2} us");
         };
+        // Whether each kernel asks for the weights of a later one.
+        let asks = std::cell::Cell::new(false);
+        let ahead = |weights: &'static str, layer: usize| {
+            let weights = match weights {
+                "qkv" => &qkv,
+                "output" => &output,
+                "gate_up" => &gate_up,
+                _ => &down,
+            };
+            if asks.get() { weights.get(layer) } else { None }
+        };
         macro_rules! one {
             (qkv $layer:expr) => {
                 ops::few_qkv(
@@ -304,6 +336,7 @@ fn speed() {
                     &residual.view(),
                     norm,
                     &qkv[$layer],
+                    ahead("gate_up", $layer),
                     None,
                     &table.view(),
                     Places {
@@ -318,14 +351,36 @@ fn speed() {
                 .unwrap()
             };
             (output $layer:expr) => {
-                ops::few_residual(&device, &attended.view(), &output[$layer], &mut residual.view_mut()).unwrap()
+                ops::few_residual(
+                    &device,
+                    &attended.view(),
+                    &output[$layer],
+                    ahead("down", $layer),
+                    &mut residual.view_mut(),
+                )
+                .unwrap()
             };
             (gate_up $layer:expr) => {
-                ops::few_gate_up(&device, &residual.view(), norm, &gate_up[$layer], &mut gated.view_mut()).unwrap()
+                ops::few_gate_up(
+                    &device,
+                    &residual.view(),
+                    norm,
+                    &gate_up[$layer],
+                    ahead("qkv", $layer + 1),
+                    &mut gated.view_mut(),
+                )
+                .unwrap()
             };
             (down $layer:expr, $segments:expr) => {
-                ops::few_residual_in(&device, $segments, &gated.view(), &down[$layer], &mut residual.view_mut())
-                    .unwrap()
+                ops::few_residual_in(
+                    &device,
+                    $segments,
+                    &gated.view(),
+                    &down[$layer],
+                    ahead("output", $layer + 1),
+                    &mut residual.view_mut(),
+                )
+                .unwrap()
             };
         }
         time("qkv", LAYERS, &mut || (0..LAYERS).for_each(|layer| one!(qkv layer)));
@@ -336,8 +391,10 @@ fn speed() {
                 (0..LAYERS).for_each(|layer| one!(down layer, segments));
             });
         }
-        for segments in [1, 2, 4] {
-            time(&format!("the four layers, down in {segments}"), LAYERS, &mut || {
+        for (segments, asking) in [(1, false), (1, true), (2, true), (4, false), (4, true)] {
+            asks.set(asking);
+            let what = format!("the four layers, down in {segments}{}", if asking { ", asking ahead" } else { "" });
+            time(&what, LAYERS, &mut || {
                 for layer in 0..LAYERS {
                     one!(qkv layer);
                     one!(output layer);
@@ -346,6 +403,7 @@ fn speed() {
                 }
             });
         }
+        asks.set(false);
         for len in [0, tokens * vocab] {
             time(if len == 0 { "head" } else { "head with logits" }, 1, &mut || {
                 let mut logits = logits.view_mut();

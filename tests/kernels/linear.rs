@@ -116,6 +116,56 @@ pub(crate) fn values(rig: &mut Rig) {
     }
 }
 
+/// The parts of a layer: each is the layer of its own columns, bit by bit, and their sum is the product.
+pub(crate) fn parts(rig: &mut Rig) {
+    let full = &[(70, 96, 2), (72, 192, 4), (896, 256, 4), (1, 32, 2), (136, 144, 3)][..];
+    for &(outputs, width, segments) in rig.pick(&[(17, 64, 4), (8, 32, 2)][..], full) {
+        for &tokens in rig.pick(&[1, 5][..], &[1, 2, 33, 65]) {
+            let mut rng = TestRng::new(53);
+            let (x, weight) = (rng.bf16s(tokens * width), rng.bf16s(outputs * width));
+            let layer = Layer::new(rig, &weight, width);
+            let part = width / segments;
+            let columns = |values: &[bf16], first: usize| -> Vec<bf16> {
+                values.chunks(width).flat_map(|row| &row[first..first + part]).copied().collect()
+            };
+            let (mut chain, mut plain) = (Vec::new(), Vec::new());
+            for segment in 0..segments {
+                let alone = Layer::new(rig, &columns(&weight, segment * part), part);
+                let x = columns(&x, segment * part);
+                chain.extend(alone.chain(rig, &x));
+                plain.extend(alone.plain(rig, &x));
+            }
+            let (device, what) = (rig.device.clone(), format!("{tokens} x {outputs} x {width} in {segments}"));
+            let input = rig.filled(&x);
+            let mut out = rig.unwritten::<f32>(segments * tokens * outputs);
+            ops::linear_parts_kernel(&device, &input.view(), &layer.rows.view(), &mut out.view_mut(), width).unwrap();
+            let found = rig.read("linear_f32", &out);
+            assert_same(&found, &chain, &what);
+            for index in 0..tokens * outputs {
+                let (token, output) = (index / outputs, index % outputs);
+                let pairs = x[token * width..][..width].iter().zip(&weight[output * width..][..width]);
+                let exact: f64 = pairs.map(|(a, b)| a.to_f64() * b.to_f64()).sum();
+                let sum: f32 = found[index..].iter().step_by(tokens * outputs).sum();
+                let near = Tolerance { absolute: width as f64 * 1e-6, relative: 0.0 };
+                assert_close(&[sum], &[exact], near);
+            }
+            let mut out = rig.unwritten::<f32>(segments * tokens * outputs);
+            ops::linear_parts_plain(&device, &input.view(), &layer.rows.view(), &mut out.view_mut(), width).unwrap();
+            assert_same(&rig.read("linear_plain", &out), &plain, &what);
+            if layer.suits_device(rig) {
+                let mut out = rig.unwritten::<f32>(segments * tokens * outputs);
+                ops::linear_parts(&device, &input.view(), &layer.weight, &mut out.view_mut()).unwrap();
+                let values = rig.download(&out);
+                let values = rig.spoil(values);
+                assert_same(&values, if device.is_cuda() { &chain } else { &plain }, &what);
+            }
+            // The planted fault: the order of the segments is seen.
+            let backwards: Vec<f32> = chain.chunks(tokens * outputs).rev().flatten().copied().collect();
+            assert_ne!(chain, backwards);
+        }
+    }
+}
+
 /// Whatever the number of rows and a row's place among them, its bits are those it has alone.
 pub(crate) fn rows(rig: &mut Rig) {
     let most = rig.pick(9, 130);

@@ -92,6 +92,7 @@ on_every_device! {
     attention_causality: crate::attention::causality;
     linear_values: crate::linear::values;
     linear_rows: crate::linear::rows;
+    linear_parts: crate::linear::parts;
     few_qkv: crate::few::qkv;
     few_gate_up: crate::few::gate_up;
     few_residual: crate::few::residual;

@@ -5,6 +5,7 @@ use host::ops;
 use host::testing::TestRng;
 
 use crate::compare::{assert_rounded, assert_same};
+use crate::elementwise::{in_order, rounding};
 use crate::rig::Rig;
 
 pub(crate) fn embedding(rig: &mut Rig) {
@@ -68,27 +69,29 @@ pub(crate) fn rms_norm(rig: &mut Rig) {
     }
 }
 
-/// Bit by bit what the two operations give.
+/// Bit by bit what the two operations give, and sums in the order of the parts.
 pub(crate) fn residual_norm(rig: &mut Rig) {
     let full = [(1, 8), (3, 64), (33, 896), (2, 1024), (5, 1032), (2, 2048), (3, 2056), (2, 4096), (1, 5000)];
     for &(rows, width) in rig.pick(&[(1, 8), (3, 64), (2, 2056)][..], &full) {
-        let mut rng = TestRng::new(4);
-        let (residual, delta) = (rng.f32s(rows * width), rng.f32s(rows * width));
-        let gain = rig.filled(&rng.bf16s(width));
-        let delta = rig.filled(&delta);
-        let device = rig.device.clone();
+        for (count, name) in [(1, "residual_norm"), (2, "residual_norm_2"), (4, "residual_norm_4")] {
+            let mut rng = TestRng::new(4);
+            let (residual, parts) = (rounding(&mut rng, rows * width), rounding(&mut rng, count * rows * width));
+            let sums = in_order(&residual, &parts);
+            let (gain, parts) = (rig.filled(&rng.bf16s(width)), rig.filled(&parts));
+            let device = rig.device.clone();
 
-        let mut sum = rig.filled(&residual);
-        ops::residual_add(&device, &mut sum.view_mut(), &delta.view()).unwrap();
-        let mut expected = rig.unwritten::<bf16>(rows * width);
-        ops::rms_norm(&device, &sum.view(), &gain.view(), &mut expected.view_mut(), 1e-6).unwrap();
+            let mut sum = rig.filled(&residual);
+            ops::residual_add(&device, &mut sum.view_mut(), &parts.view()).unwrap();
+            let mut expected = rig.unwritten::<bf16>(rows * width);
+            ops::rms_norm(&device, &sum.view(), &gain.view(), &mut expected.view_mut(), 1e-6).unwrap();
 
-        let mut residual = rig.filled(&residual);
-        let mut out = rig.unwritten::<bf16>(rows * width);
-        let (sums, normed) = (&mut residual.view_mut(), &mut out.view_mut());
-        ops::residual_norm(&device, sums, &delta.view(), &gain.view(), normed, 1e-6).unwrap();
-        let (sum, expected, what) = (rig.download(&sum), rig.download(&expected), format!("{rows} x {width}"));
-        assert_same(&rig.read("residual_norm", &residual), &sum, &what);
-        assert_same(&rig.read("residual_norm", &out), &expected, &what);
+            let mut residual = rig.filled(&residual);
+            let mut out = rig.unwritten::<bf16>(rows * width);
+            let (stream, normed) = (&mut residual.view_mut(), &mut out.view_mut());
+            ops::residual_norm(&device, stream, &parts.view(), &gain.view(), normed, 1e-6).unwrap();
+            let (expected, what) = (rig.download(&expected), format!("{rows} x {width}, {count} parts"));
+            assert_same(&rig.read(name, &residual), &sums, &what);
+            assert_same(&rig.read(name, &out), &expected, &what);
+        }
     }
 }

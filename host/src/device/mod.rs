@@ -366,6 +366,7 @@ impl Device {
         match self {
             Self::Cpu(device) => {
                 let packed = device.pack(&rows, n, k)?;
+                let keep_rows = keep_rows || device.tensor_cores();
                 Ok(Weight { n, k, rows: keep_rows.then_some(rows), packed: Some(packed) })
             }
             Self::Cuda(_) => Ok(Weight { n, k, rows: Some(rows), packed: None }),
@@ -386,10 +387,59 @@ impl Device {
         out: impl Into<SliceMut<'b, O>>,
     ) -> Result<(), DeviceError> {
         let (x, mut out) = (x.into(), out.into());
-        let m = self.check_linear(&x, weight, &out)?;
+        let m = self.check_linear(&x, weight, 1, &out)?;
         match self {
-            Self::Cpu(device) => device.linear(x, m, weight, &mut out),
-            Self::Cuda(device) => device.linear(x, m, weight, &mut out, None),
+            Self::Cpu(device) => device.linear(x, m, weight, 1, &mut out),
+            Self::Cuda(device) => device.linear(x, m, weight, O::TYPE, &mut out, None),
+        }
+    }
+
+    /// The parts of a linear layer: [`linear`](Self::linear) over each of so many equal, consecutive segments of k, into
+    /// `out[s, m, n]`.
+    ///
+    /// # Errors
+    /// As for `linear`.
+    pub fn linear_parts<'a, 'b>(
+        &self,
+        x: impl Into<Slice<'a, bf16>>,
+        weight: &Weight,
+        segments: usize,
+        out: impl Into<SliceMut<'b, f32>>,
+    ) -> Result<(), DeviceError> {
+        self.parts(x.into(), weight, segments, &mut out.into(), None)
+    }
+
+    /// [`linear_parts`](Self::linear_parts) with one of the [`linear_algorithms`](Self::linear_algorithms) for
+    /// [`OutputType::Parts`].
+    ///
+    /// # Errors
+    /// As for `linear`, and when there is no such algorithm.
+    pub fn linear_parts_with_algorithm<'a, 'b>(
+        &self,
+        index: usize,
+        x: impl Into<Slice<'a, bf16>>,
+        weight: &Weight,
+        segments: usize,
+        out: impl Into<SliceMut<'b, f32>>,
+    ) -> Result<(), DeviceError> {
+        self.parts(x.into(), weight, segments, &mut out.into(), Some(index))
+    }
+
+    fn parts(
+        &self,
+        x: Slice<'_, bf16>,
+        weight: &Weight,
+        segments: usize,
+        out: &mut SliceMut<'_, f32>,
+        algorithm: Option<usize>,
+    ) -> Result<(), DeviceError> {
+        let m = self.check_linear(&x, weight, segments, out)?;
+        match self {
+            Self::Cpu(device) => {
+                one_algorithm(algorithm)?;
+                device.linear(x, m, weight, segments, out)
+            }
+            Self::Cuda(device) => device.linear(x, m, weight, OutputType::Parts(segments), out, algorithm),
         }
     }
 
@@ -405,11 +455,13 @@ impl Device {
         out: impl Into<SliceMut<'b, O>>,
     ) -> Result<(), DeviceError> {
         let (x, mut out) = (x.into(), out.into());
-        let m = self.check_linear(&x, weight, &out)?;
+        let m = self.check_linear(&x, weight, 1, &out)?;
         match self {
-            Self::Cpu(device) if index == 0 => device.linear(x, m, weight, &mut out),
-            Self::Cpu(_) => Err(DeviceError::InvalidParameter(format!("the CPU has one algorithm, not {index}"))),
-            Self::Cuda(device) => device.linear(x, m, weight, &mut out, Some(index)),
+            Self::Cpu(device) => {
+                one_algorithm(Some(index))?;
+                device.linear(x, m, weight, 1, &mut out)
+            }
+            Self::Cuda(device) => device.linear(x, m, weight, O::TYPE, &mut out, Some(index)),
         }
     }
 
@@ -439,20 +491,27 @@ impl Device {
         }
     }
 
+    /// Whether linear layers are the tensor-core chain here: on every GPU, and on a CPU that was told to imitate one.
+    #[must_use]
+    pub fn tensor_cores(&self) -> bool {
+        match self {
+            Self::Cpu(device) => device.tensor_cores(),
+            Self::Cuda(_) => true,
+        }
+    }
+
     /// Who computes linear layers on CUDA; [`LinearBackend::CublasLt`] stands for `Device::linear` on the CPU.
     #[must_use]
     pub fn linear_backend(&self) -> LinearBackend {
         match self {
-            Self::Cpu(_) => LinearBackend::CublasLt,
+            Self::Cpu(device) => device.linear_backend(),
             Self::Cuda(device) => device.linear_backend(),
         }
     }
 
-    /// Chooses it: the self-test's verdict. Nothing on the CPU.
+    /// Chooses it: the self-test's verdict. Nothing on a CPU without tensor cores.
     pub fn set_linear_backend(&self, backend: LinearBackend) {
-        if let Self::Cuda(device) = self {
-            device.set_linear_backend(backend);
-        }
+        on_device!(self, device => device.set_linear_backend(backend));
     }
 
     /// Waits for all work.
@@ -479,11 +538,20 @@ impl Device {
         &self,
         x: &Slice<'_, bf16>,
         weight: &Weight,
+        segments: usize,
         out: &SliceMut<'_, O>,
     ) -> Result<usize, DeviceError> {
         self.check_view(x.device())?;
         self.check_view(out.device())?;
-        linear::check_shapes(x.len(), weight, out.len())
+        linear::check_shapes(x.len(), weight, segments, out.len())
+    }
+}
+
+/// The CPU's only algorithm is the first.
+fn one_algorithm(index: Option<usize>) -> Result<(), DeviceError> {
+    match index {
+        None | Some(0) => Ok(()),
+        Some(index) => Err(DeviceError::InvalidParameter(format!("the CPU has one algorithm, not {index}"))),
     }
 }
 

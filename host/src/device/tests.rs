@@ -264,6 +264,28 @@ fn linear_layers_check_shapes_and_write_only_their_output() {
 }
 
 #[test]
+fn parts_of_a_linear_layer_check_shapes_and_write_only_their_output() {
+    let device = cpu();
+    let (m, n, k, segments) = (3, 5, 12, 4);
+    let x = device.alloc_from(&vec![bf16::ONE; m * k], MemoryKind::Activations, "x").unwrap();
+    let rows = device.alloc_from(&vec![bf16::ONE; n * k], MemoryKind::Weights, "rows").unwrap();
+    let weight = device.prepare_weight(rows, n, k, false).unwrap();
+    let len = segments * m * n;
+    let mut out = device.alloc_unwritten::<f32>(len + 2, MemoryKind::Activations, "out").unwrap();
+    device.linear_parts(&x, &weight, segments, out.slice_mut(1..=len).unwrap()).unwrap();
+    let found = device.download(&out).unwrap();
+    assert!(found[0].is_nan() && found[len + 1].is_nan());
+    assert!(found[1..=len].iter().all(|&value| value == 3.0), "{found:?}");
+    let mut out = device.alloc_unwritten::<f32>(5 * m * n, MemoryKind::Activations, "out").unwrap();
+    for (segments, outputs) in [(4, len - 1), (4, m * n), (1, len), (0, 0), (5, 5 * m * n), (2, len)] {
+        let out = out.slice_mut(..outputs).unwrap();
+        assert_code(device.linear_parts(&x, &weight, segments, out), ErrorCode::InvalidParameter);
+    }
+    let whole = out.slice_mut(..len).unwrap();
+    assert_code(device.linear_parts_with_algorithm(1, &x, &weight, segments, whole), ErrorCode::InvalidParameter);
+}
+
+#[test]
 fn a_tied_weight_keeps_its_rows() {
     let device = cpu();
     let rows = device.alloc_from(&[bf16::ONE; 12], MemoryKind::Weights, "rows").unwrap();

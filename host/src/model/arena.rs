@@ -17,7 +17,7 @@ pub(super) struct ArenaSizes {
     /// bf16.
     pub(super) gated: usize,
     /// f32.
-    pub(super) partials: usize,
+    pub(super) scratch: usize,
     /// f32.
     pub(super) logits: usize,
     /// f32 behind logits of as many rows as there can be.
@@ -36,7 +36,8 @@ pub(super) struct Arena {
 pub(super) struct LayerValues<'a> {
     pub(super) gate_up: SliceMut<'a, bf16>,
     pub(super) gated: SliceMut<'a, bf16>,
-    pub(super) partials: SliceMut<'a, f32>,
+    /// Attention partials, and when these are merged the parts of a layer's output.
+    pub(super) scratch: SliceMut<'a, f32>,
 }
 
 /// The logits of a step, and memory for what is made of them.
@@ -50,16 +51,16 @@ pub struct Logits<'a> {
 
 impl Arena {
     pub(super) fn new(device: &Device, sizes: ArenaSizes) -> Result<Self, DeviceError> {
-        let layers = words(sizes.gate_up) + words(sizes.gated) + sizes.partials;
+        let layers = words(sizes.gate_up) + words(sizes.gated) + sizes.scratch;
         let choosing = sizes.logits.next_multiple_of(ALIGN) + sizes.spare;
         let label = "layers' values, then logits";
         let memory = device.alloc_unwritten(layers.max(choosing), MemoryKind::Activations, label)?;
         Ok(Self { memory, sizes })
     }
 
-    /// Elements of attention partials.
-    pub(super) fn partials_len(&self) -> usize {
-        self.sizes.partials
+    /// Elements of scratch memory.
+    pub(super) fn scratch_len(&self) -> usize {
+        self.sizes.scratch
     }
 
     /// For the layers.
@@ -70,7 +71,7 @@ impl Arena {
         Ok(LayerValues {
             gate_up: gate_up.cast()?.into_slice(..sizes.gate_up)?,
             gated: gated.cast()?.into_slice(..sizes.gated)?,
-            partials: rest.into_slice(..sizes.partials)?,
+            scratch: rest.into_slice(..sizes.scratch)?,
         })
     }
 
@@ -105,16 +106,16 @@ mod tests {
     #[test]
     fn the_parts_of_one_time_do_not_touch() {
         let device = Device::cpu(CpuOptions::default()).unwrap();
-        let sizes = ArenaSizes { gate_up: 7, gated: 129, partials: 3, logits: 65, spare: 5 };
+        let sizes = ArenaSizes { gate_up: 7, gated: 129, scratch: 3, logits: 65, spare: 5 };
         let mut arena = Arena::new(&device, sizes).unwrap();
-        let LayerValues { mut gate_up, mut gated, mut partials } = arena.layers().unwrap();
-        assert_eq!((gate_up.len(), gated.len(), partials.len()), (7, 129, 3));
+        let LayerValues { mut gate_up, mut gated, mut scratch } = arena.layers().unwrap();
+        assert_eq!((gate_up.len(), gated.len(), scratch.len()), (7, 129, 3));
         device.upload(&mut gate_up, &[bf16::from_f32(1.0); 7]).unwrap();
         device.upload(&mut gated, &[bf16::from_f32(2.0); 129]).unwrap();
-        device.upload(&mut partials, &[3.0; 3]).unwrap();
+        device.upload(&mut scratch, &[3.0; 3]).unwrap();
         assert_eq!(device.download(&gate_up).unwrap(), [bf16::from_f32(1.0); 7]);
         assert_eq!(device.download(&gated).unwrap(), [bf16::from_f32(2.0); 129]);
-        assert_eq!(device.download(&partials).unwrap(), [3.0; 3]);
+        assert_eq!(device.download(&scratch).unwrap(), [3.0; 3]);
 
         let Logits { mut values, mut spare } = arena.logits(65).unwrap();
         assert!(values.len() == 65 && spare.len() >= 5, "{}", spare.len());
@@ -129,14 +130,14 @@ mod tests {
     #[test]
     fn poison_is_nan_in_every_part() {
         let device = Device::cpu(CpuOptions::default()).unwrap();
-        let sizes = ArenaSizes { gate_up: 64, gated: 3, partials: 3, logits: 9, spare: 1 };
+        let sizes = ArenaSizes { gate_up: 64, gated: 3, scratch: 3, logits: 9, spare: 1 };
         let mut arena = Arena::new(&device, sizes).unwrap();
         arena.poison(&device).unwrap();
-        let LayerValues { gate_up, gated, partials } = arena.layers().unwrap();
+        let LayerValues { gate_up, gated, scratch } = arena.layers().unwrap();
         for halves in [&gate_up, &gated] {
             assert!(device.download(halves).unwrap().iter().all(|value| value.is_nan()));
         }
-        assert!(device.download(&partials).unwrap().iter().all(|value| value.is_nan()));
+        assert!(device.download(&scratch).unwrap().iter().all(|value| value.is_nan()));
         assert!(device.download(&arena.logits(9).unwrap().values).unwrap().iter().all(|value| value.is_nan()));
     }
 }

@@ -3,12 +3,53 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::KvCache;
 use super::arena::LayerValues;
 use super::transformer::{Choosing, DRAW_ALIGN, Model, Step, Workspace};
-use crate::device::{DeviceError, Recording};
-use crate::ops::{self, DecodeScratch, FEW, NO_ROW, Norm, PAGE, PagesMut, Places, ROW_WORDS, RowParameters};
+use super::{KvCache, ModelConfig};
+use crate::device::{Device, DeviceError, Recording};
+use crate::ops::{self, DecodeScratch, FEW, HeadShape, NO_ROW, Norm, PAGE, PagesMut, Places, ROW_WORDS, RowParameters};
+
+/// A way of computing a decode step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DecodeWay {
+    /// The fused layers of few rows.
+    Few,
+    /// Layers of many rows, recorded.
+    Many,
+}
+
+/// Which ways are in use. All have the bits of the separate operations; a way that is seen to have others is given up.
+#[derive(Debug)]
+pub(super) struct Ways {
+    few: AtomicBool,
+    many: AtomicBool,
+}
+
+impl Ways {
+    /// Those that the device and the shapes allow.
+    pub(super) fn new(device: &Device, heads: HeadShape, config: &ModelConfig) -> Self {
+        let tensor_cores = device.tensor_cores();
+        Self {
+            few: AtomicBool::new(tensor_cores && ops::few_fits(device, heads, config.hidden, config.ffn)),
+            many: AtomicBool::new(tensor_cores),
+        }
+    }
+
+    fn flag(&self, way: DecodeWay) -> &AtomicBool {
+        match way {
+            DecodeWay::Few => &self.few,
+            DecodeWay::Many => &self.many,
+        }
+    }
+
+    fn of(&self, rows: usize) -> Option<DecodeWay> {
+        let open = |way: &DecodeWay| self.flag(*way).load(Ordering::Relaxed);
+        let ways = [DecodeWay::Few, DecodeWay::Many];
+        ways[usize::from(rows > FEW)..].iter().copied().find(open)
+    }
+}
 
 /// What a step leaves behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +89,7 @@ pub(super) enum Tokens {
 struct Bucket {
     /// Rows, padding included.
     rows: usize,
+    way: DecodeWay,
     /// Spans of the longest context.
     spans: usize,
     wanted: Wanted,
@@ -118,15 +160,27 @@ impl Model {
         let limits = workspace.limits();
         let count = step.tokens.len();
         let all_wanted = step.logits_rows.iter().copied().eq(0..count as u32);
-        if !self.device().is_cuda() || !step.prefills.is_empty() || !all_wanted {
+        if !step.prefills.is_empty() || !all_wanted {
             return None;
         }
+        let way = self.ways.of(count)?;
         let longest = step.positions.iter().max().map_or(1, |&position| position as usize + 1);
         let most_spans = self.context_tokens().div_ceil(PAGE);
         let spans = longest.div_ceil(PAGE).next_power_of_two().clamp(4, most_spans.max(4));
         let rows = bucket_rows(count).min(limits.decode_rows).min(limits.logits_rows);
-        let fits = rows >= count && ops::partials_len(self.heads(), rows, spans) <= workspace.arena.partials_len();
-        fits.then(|| Bucket { rows, spans, wanted, cache: cache.identity() })
+        let fits = rows >= count && ops::partials_len(self.heads(), rows, spans) <= workspace.arena.scratch_len();
+        fits.then(|| Bucket { rows, way, spans, wanted, cache: cache.identity() })
+    }
+
+    /// How a step of `rows` single tokens is computed, where it is not by separate operations.
+    #[must_use]
+    pub fn decode_way(&self, rows: usize) -> Option<DecodeWay> {
+        self.ways.of(rows)
+    }
+
+    /// Computes no more steps in this way: the self-test's verdict.
+    pub fn give_up(&self, way: DecodeWay) {
+        self.ways.flag(way).store(false, Ordering::Relaxed);
     }
 
     /// Computes a checked step, where it is one of these. False where it is not.
@@ -156,12 +210,9 @@ impl Model {
         workspace.take_tokens(self.device(), tokens, step.tokens.len())?;
 
         let mut recording = workspace.recordings.take(bucket);
-        let outcome = self.device().replay(&mut recording, &mut || {
-            if bucket.rows <= FEW && self.few_fits {
-                self.decode_few(bucket, cache, workspace)
-            } else {
-                self.decode_many(bucket, cache, workspace)
-            }
+        let outcome = self.device().replay(&mut recording, &mut || match bucket.way {
+            DecodeWay::Few => self.decode_few(bucket, cache, workspace),
+            DecodeWay::Many => self.decode_many(bucket, cache, workspace),
         });
         workspace.recordings.put(bucket, recording);
         outcome.map(|()| true)
@@ -180,13 +231,16 @@ impl Model {
         let mut residual = workspace.residual.slice_mut(..rows * config.hidden)?;
         let mut qkv = workspace.qkv.slice_mut(..rows * heads.qkv_width())?;
         let mut attended = workspace.attended.slice_mut(..rows * heads.query_width())?;
-        let LayerValues { gated, mut partials, .. } = workspace.arena.layers()?;
+        let LayerValues { gated, mut scratch, .. } = workspace.arena.layers()?;
         let mut gated = gated.into_slice(..rows * config.ffn)?;
         let eps = config.rms_norm_eps;
         let rope_table = self.rope_table.as_slice();
 
         ops::embedding(device, &tokens, &self.parameters.embedding.rows()?.as_slice(), &mut residual, config.hidden)?;
-        for (index, layer) in self.parameters.layers.iter().enumerate() {
+        let layers = &self.parameters.layers;
+        for (index, layer) in layers.iter().enumerate() {
+            // Each kernel asks for weights that are read two kernels later or more.
+            let next = layers.get(index + 1);
             let norm = Norm { gain: layer.input_norm.as_slice(), eps };
             let bias = layer.qkv_bias.as_ref().map(|bias| bias.as_slice());
             let (keys, values) = cache.pages_mut(index);
@@ -196,6 +250,7 @@ impl Model {
                 &residual.as_slice(),
                 norm,
                 &layer.qkv,
+                Some(&layer.gate_up),
                 bias.as_ref(),
                 &rope_table,
                 places,
@@ -210,15 +265,23 @@ impl Model {
                 &places.positions,
                 &places.row_tables,
                 &places.page_tables,
-                &mut DecodeScratch { partials: partials.slice_mut(..)?, counters: workspace.counters.as_slice_mut() },
+                &mut DecodeScratch { partials: scratch.slice_mut(..)?, counters: workspace.counters.as_slice_mut() },
                 &mut attended,
                 heads,
                 spans * PAGE,
             )?;
-            ops::few_residual(device, &attended.as_slice(), &layer.output, &mut residual)?;
+            ops::few_residual(device, &attended.as_slice(), &layer.output, Some(&layer.down), &mut residual)?;
             let norm = Norm { gain: layer.post_norm.as_slice(), eps };
-            ops::few_gate_up(device, &residual.as_slice(), norm, &layer.gate_up, &mut gated)?;
-            ops::few_residual(device, &gated.as_slice(), &layer.down, &mut residual)?;
+            ops::few_gate_up(
+                device,
+                &residual.as_slice(),
+                norm,
+                &layer.gate_up,
+                next.map(|next| &next.qkv),
+                &mut gated,
+            )?;
+            let ahead = next.map(|next| &next.output);
+            ops::few_residual(device, &gated.as_slice(), &layer.down, ahead, &mut residual)?;
         }
         let wanted = if bucket.wanted == Wanted::Tokens { 0 } else { rows * config.vocab };
         ops::few_logits(
@@ -254,8 +317,7 @@ impl Model {
         let mut normed = workspace.normed.slice_mut(..rows * config.hidden)?;
         let mut qkv = workspace.qkv.slice_mut(..rows * heads.qkv_width())?;
         let mut attended = workspace.attended.slice_mut(..rows * heads.query_width())?;
-        let mut delta = workspace.delta.slice_mut(..rows * config.hidden)?;
-        let LayerValues { gate_up, gated, mut partials } = workspace.arena.layers()?;
+        let LayerValues { gate_up, gated, mut scratch } = workspace.arena.layers()?;
         let mut gate_up = gate_up.into_slice(..rows * 2 * config.ffn)?;
         let mut gated = gated.into_slice(..rows * config.ffn)?;
         let mut head_normed = workspace.head_normed.slice_mut(..rows * config.hidden)?;
@@ -278,22 +340,22 @@ impl Model {
                 &places.positions,
                 &places.row_tables,
                 &places.page_tables,
-                &mut DecodeScratch { partials: partials.slice_mut(..)?, counters: workspace.counters.as_slice_mut() },
+                &mut DecodeScratch { partials: scratch.slice_mut(..)?, counters: workspace.counters.as_slice_mut() },
                 &mut attended,
                 heads,
                 spans * PAGE,
             )?;
-            ops::linear(device, &attended.as_slice(), &layer.output, &mut delta)?;
+            let output = ops::linear_to_residual(device, &attended.as_slice(), &layer.output, &mut scratch)?;
             let gain = layer.post_norm.as_slice();
-            ops::residual_norm(device, &mut residual, &delta.as_slice(), &gain, &mut normed, eps)?;
+            ops::residual_norm(device, &mut residual, &output, &gain, &mut normed, eps)?;
             ops::linear(device, &normed.as_slice(), &layer.gate_up, &mut gate_up)?;
             ops::silu_mul(device, &gate_up.as_slice(), &mut gated, config.ffn)?;
-            ops::linear(device, &gated.as_slice(), &layer.down, &mut delta)?;
+            let down = ops::linear_to_residual(device, &gated.as_slice(), &layer.down, &mut scratch)?;
             let (gain, out) = match self.parameters.layers.get(index + 1) {
                 Some(next) => (&next.input_norm, &mut normed),
                 None => (&self.parameters.final_norm, &mut head_normed),
             };
-            ops::residual_norm(device, &mut residual, &delta.as_slice(), &gain.as_slice(), out, eps)?;
+            ops::residual_norm(device, &mut residual, &down, &gain.as_slice(), out, eps)?;
         }
         let mut logits = workspace.arena.logits(rows * config.vocab)?.values;
         ops::linear(device, &head_normed.as_slice(), self.head(), &mut logits)?;

@@ -9,10 +9,10 @@ use std::path::Path;
 use half::bf16;
 
 use super::arena::{Arena, ArenaSizes, LayerValues, Logits};
-use super::decode::{Recordings, Tokens};
+use super::decode::{Recordings, Tokens, Ways};
 use super::load::{self, LoadError, Parameters};
 use super::{Checkpoint, KvCache, ModelConfig};
-use crate::device::{Buffer, Device, DeviceError, MemoryKind, Slice, Weight};
+use crate::device::{Buffer, Device, DeviceError, MemoryKind, Slice, Weight, contract};
 use crate::ops::{
     self, DecodeScratch, HeadShape, PAGE, PagesMut, Places, PrefillTiles, ROW_WORDS, RowParameters, SampleParams,
     Segment,
@@ -27,8 +27,30 @@ pub struct Model {
     fingerprint: [u8; 32],
     pub(super) parameters: Parameters,
     pub(super) rope_table: Buffer<f32>,
-    /// The fused kernels of few rows take its shapes.
-    pub(super) few_fits: bool,
+    /// How it computes decode steps.
+    pub(super) ways: Ways,
+}
+
+/// A linear layer of a model.
+#[derive(Clone, Copy, Debug)]
+pub struct LinearLayer<'a> {
+    /// What it is called.
+    pub name: &'static str,
+    /// Its weight.
+    pub weight: &'a Weight,
+    /// The segments of K that the contract gives it.
+    pub segments: usize,
+}
+
+impl<'a> LinearLayer<'a> {
+    fn whole(name: &'static str, weight: &'a Weight) -> Self {
+        Self { name, weight, segments: 1 }
+    }
+
+    /// One whose output is added to the residual stream.
+    fn to_residual(name: &'static str, weight: &'a Weight) -> Self {
+        Self { name, weight, segments: contract::segments(weight.n(), weight.k()) }
+    }
 }
 
 /// Some rows of a step that are consecutive tokens of one sequence, more than one or not.
@@ -116,8 +138,7 @@ pub struct Workspace {
     pub(super) qkv: Buffer<f32>,
     pub(super) counters: Buffer<u32>,
     pub(super) attended: Buffer<bf16>,
-    pub(super) delta: Buffer<f32>,
-    /// Gate and up, gated, attention partials; then logits.
+    /// Gate and up, gated, attention partials, parts of a layer's output; then logits.
     pub(super) arena: Arena,
     head_rows: Buffer<f32>,
     pub(super) head_normed: Buffer<bf16>,
@@ -150,7 +171,7 @@ impl Model {
         let heads = HeadShape { query_heads: config.query_heads, kv_heads: config.kv_heads, width: config.head_width };
         Ok(Self {
             device: device.clone(),
-            few_fits: ops::few_fits(device, heads, config.hidden, config.ffn),
+            ways: Ways::new(device, heads, &config),
             config,
             context_tokens,
             fingerprint: checkpoint.fingerprint(),
@@ -193,17 +214,17 @@ impl Model {
         }
     }
 
-    /// Every linear layer of the first block, and the head, by name: the shapes whose numeric contract is tested.
+    /// Every linear layer of the first block, and the head: the shapes whose numeric contract is tested.
     #[must_use]
-    pub fn linear_layers(&self) -> Vec<(&'static str, &Weight)> {
+    pub fn linear_layers(&self) -> Vec<LinearLayer<'_>> {
         let mut layers = Vec::new();
         if let Some(layer) = self.parameters.layers.first() {
-            layers.push(("qkv", &layer.qkv));
-            layers.push(("attention output", &layer.output));
-            layers.push(("gate and up", &layer.gate_up));
-            layers.push(("down", &layer.down));
+            layers.push(LinearLayer::whole("qkv", &layer.qkv));
+            layers.push(LinearLayer::to_residual("attention output", &layer.output));
+            layers.push(LinearLayer::whole("gate and up", &layer.gate_up));
+            layers.push(LinearLayer::to_residual("down", &layer.down));
         }
-        layers.push(("head", self.head()));
+        layers.push(LinearLayer::whole("head", self.head()));
         layers
     }
 
@@ -228,6 +249,8 @@ impl Model {
         let draws = limits.logits_rows * ROW_WORDS + DRAW_ALIGN;
         let indices = 3 * limits.rows + limits.logits_rows + limits.table_entries + tiles + draws;
         let counters = ops::counters_len(heads, limits.decode_rows.max(1));
+        let segments = |k| contract::segments(config.hidden, k);
+        let most_segments = segments(heads.query_width()).max(segments(config.ffn));
         let activation = |len: usize, label: &str| device.alloc_unwritten::<f32>(len, MemoryKind::Activations, label);
         let operand = |len: usize, label: &str| device.alloc_unwritten::<bf16>(len, MemoryKind::Activations, label);
         Ok(Workspace {
@@ -240,13 +263,12 @@ impl Model {
             qkv: activation(limits.rows * heads.qkv_width(), "queries, keys and values")?,
             counters: device.alloc(counters, MemoryKind::Activations, "attention counters")?,
             attended: operand(limits.rows * heads.query_width(), "attention output")?,
-            delta: activation(limits.rows * config.hidden, "layer output")?,
             arena: Arena::new(
                 device,
                 ArenaSizes {
                     gate_up: limits.rows * 2 * config.ffn,
                     gated: limits.rows * config.ffn,
-                    partials: bounded_partials,
+                    scratch: bounded_partials.max(most_segments * limits.rows * config.hidden),
                     logits: limits.logits_rows * config.vocab,
                     spare: ops::spare_for_choosing(device, limits.logits_rows, config.vocab),
                 },
@@ -300,6 +322,20 @@ impl Model {
         workspace: &mut Workspace,
     ) -> Result<(), DeviceError> {
         self.any(step, choosing, cache, workspace, Tokens::Chosen)
+    }
+
+    /// As [`Self::forward`], by separate operations alone: what every other way of computing a step is compared with.
+    ///
+    /// # Errors
+    /// As for `forward_choosing`.
+    pub fn forward_plain(
+        &self,
+        step: &Step<'_>,
+        cache: &mut KvCache,
+        workspace: &mut Workspace,
+    ) -> Result<(), DeviceError> {
+        self.check(step, cache, workspace)?;
+        self.compute(step, Choosing::Caller, cache, workspace, Tokens::Given)
     }
 
     fn any(
@@ -370,7 +406,7 @@ impl Model {
         }
         device.upload(workspace.indices.slice_mut(..workspace.staging.len())?, &workspace.staging)?;
         workspace.take_tokens(device, tokens, rows)?;
-        let Workspace { indices, residual, normed, qkv, counters, attended, delta, arena, .. } = workspace;
+        let Workspace { indices, residual, normed, qkv, counters, attended, arena, .. } = workspace;
         let tokens = indices.slice(..rows)?;
         let tables_end = 3 * rows + step.page_tables.len();
         let places = Places {
@@ -385,11 +421,10 @@ impl Model {
         let mut normed = normed.slice_mut(..rows * hidden)?;
         let mut qkv = qkv.slice_mut(..rows * heads.qkv_width())?;
         let mut attended = attended.slice_mut(..rows * heads.query_width())?;
-        let mut delta = delta.slice_mut(..rows * hidden)?;
-        let LayerValues { gate_up, gated, mut partials } = arena.layers()?;
+        let LayerValues { gate_up, gated, mut scratch } = arena.layers()?;
         let mut gate_up = gate_up.into_slice(..rows * 2 * config.ffn)?;
         let mut gated = gated.into_slice(..rows * config.ffn)?;
-        let groups = decode_groups(&step.positions[..step.decode_rows], heads, partials.len());
+        let groups = decode_groups(&step.positions[..step.decode_rows], heads, scratch.len());
 
         let table = self.parameters.embedding.rows()?.as_slice();
         ops::embedding(device, &tokens, &table, &mut residual, hidden)?;
@@ -411,7 +446,7 @@ impl Model {
                     &places.positions.slice(rows.clone())?,
                     &places.row_tables.slice(rows.clone())?,
                     &places.page_tables,
-                    &mut DecodeScratch { partials: partials.slice_mut(..)?, counters: counters.as_slice_mut() },
+                    &mut DecodeScratch { partials: scratch.slice_mut(..)?, counters: counters.as_slice_mut() },
                     &mut attended.slice_mut(rows.start * heads.query_width()..rows.end * heads.query_width())?,
                     heads,
                     *longest,
@@ -429,18 +464,18 @@ impl Model {
                     heads,
                 )?;
             }
-            ops::linear(device, &attended.as_slice(), &layer.output, &mut delta)?;
+            let output = ops::linear_to_residual(device, &attended.as_slice(), &layer.output, &mut scratch)?;
             let gain = layer.post_norm.as_slice();
-            ops::residual_norm(device, &mut residual, &delta.as_slice(), &gain, &mut normed, eps)?;
+            ops::residual_norm(device, &mut residual, &output, &gain, &mut normed, eps)?;
             ops::linear(device, &normed.as_slice(), &layer.gate_up, &mut gate_up)?;
             ops::silu_mul(device, &gate_up.as_slice(), &mut gated, config.ffn)?;
-            ops::linear(device, &gated.as_slice(), &layer.down, &mut delta)?;
+            let down = ops::linear_to_residual(device, &gated.as_slice(), &layer.down, &mut scratch)?;
             if let Some(next) = self.parameters.layers.get(index + 1) {
                 let gain = next.input_norm.as_slice();
-                ops::residual_norm(device, &mut residual, &delta.as_slice(), &gain, &mut normed, eps)?;
+                ops::residual_norm(device, &mut residual, &down, &gain, &mut normed, eps)?;
             } else {
                 // Only the rows with logits are normalised after the last layer.
-                ops::residual_add(device, &mut residual, &delta.as_slice())?;
+                ops::residual_add(device, &mut residual, &down)?;
             }
         }
 
@@ -559,7 +594,6 @@ impl Workspace {
             normed,
             qkv,
             attended,
-            delta,
             arena,
             head_rows,
             head_normed,
@@ -574,7 +608,7 @@ impl Workspace {
             counters: _,
         } = self;
         arena.poison(device)?;
-        for buffer in [residual, qkv, delta, head_rows] {
+        for buffer in [residual, qkv, head_rows] {
             let poison = vec![f32::NAN; buffer.len()];
             device.upload(buffer, &poison)?;
         }

@@ -3,7 +3,7 @@
 use cuda_std::launch::Grid;
 use half::bf16;
 
-use super::{blocks, expect, size};
+use super::{blocks, expect, part_count, size};
 use crate::device::{Device, DeviceError, Slice, SliceMut};
 
 /// Adds `bias` \[N\] to each row of `x` \[T, N\].
@@ -18,15 +18,25 @@ pub fn bias_add(device: &Device, x: &mut SliceMut<'_, f32>, bias: &Slice<'_, bf1
     device.launch(kernels_gpu::bias_add::bias_add::launch(x, bias, size("bias_add", width)?), grid)
 }
 
-/// Adds `x` to `residual`, both of the same length.
+/// Adds 1, 2 or 4 `parts` of the length of `residual`, summed in order, to `residual`: see
+/// [`linear_parts`](super::linear_parts).
 ///
 /// # Errors
 /// A shape that does not fit, or the launch's error.
-pub fn residual_add(device: &Device, residual: &mut SliceMut<'_, f32>, x: &Slice<'_, f32>) -> Result<(), DeviceError> {
-    let shaped = !x.is_empty() && x.len().is_multiple_of(4) && residual.len() == x.len();
-    expect(shaped, "residual_add", || format!("lengths {} and {}, a multiple of 4", residual.len(), x.len()))?;
-    let grid = Grid::new_1d(blocks("residual_add", x.len(), 1024)?);
-    device.launch(kernels_gpu::residual_add::residual_add::launch(residual, x), grid)
+pub fn residual_add(
+    device: &Device,
+    residual: &mut SliceMut<'_, f32>,
+    parts: &Slice<'_, f32>,
+) -> Result<(), DeviceError> {
+    use kernels_gpu::residual_add as kernels;
+    let len = residual.len();
+    expect(len > 0 && len.is_multiple_of(4), "residual_add", || format!("length {len}, a multiple of 4"))?;
+    let kernel = match part_count("residual_add", parts.len(), len)? {
+        1 => kernels::residual_add::launch,
+        2 => kernels::residual_add_2::launch,
+        _ => kernels::residual_add_4::launch,
+    };
+    device.launch(kernel(residual, parts), Grid::new_1d(blocks("residual_add", len, 1024)?))
 }
 
 /// silu(gate) * up for `x` \[T, 2 F\] (gate, then up) into `out` \[T, F\].

@@ -46,41 +46,38 @@ fn logits_blocks(device: &Device) -> usize {
 /// Whether the kernels of this file take a model's shapes on this device, at [`FEW`] tokens.
 #[must_use]
 pub fn few_fits(device: &Device, heads: HeadShape, hidden: usize, ffn: usize) -> bool {
-    let segments = contract::segments(hidden, ffn);
+    let (attended, down) = (heads.query_width(), contract::segments(hidden, ffn));
+    let output = contract::segments(hidden, attended);
+    let residual = |width, segments| shared_bytes(FEW, width, few::residual_layout(segments)) + segments * 512;
     let most = [
-        shared(hidden, few::NARROW.warps, 2, few::NARROW.depth),
-        shared(hidden, few::WIDE.warps, 2, few::WIDE.depth),
-        shared(heads.query_width().max(ffn), segments, 1, few::RESIDUAL_DEPTH) + segments * 512,
-        shared(hidden, few::LOGITS_WARPS, 1, few::LOGITS_DEPTH) + 256,
+        shared_bytes(FEW, hidden, few::QKV),
+        shared_bytes(FEW, hidden, few::GATE_UP),
+        residual(attended, output),
+        residual(ffn, down),
+        shared_bytes(FEW, hidden, few::LOGITS) + 256,
     ];
     hidden.is_multiple_of(few::STAGE)
-        && heads.query_width().is_multiple_of(few::STAGE)
-        && ffn.is_multiple_of(few::STAGE * segments)
+        && attended.is_multiple_of(few::STAGE * output)
+        && ffn.is_multiple_of(few::STAGE * down)
         && heads.width.is_multiple_of(32)
-        && contract::segments(hidden, heads.query_width()) == 1
         && most.into_iter().all(|bytes| bytes <= device.shared_bytes_per_block())
 }
 
-fn shared(width: usize, warps: usize, tiles: usize, depth: usize) -> usize {
-    few::input_bytes(FEW, width) + few::ring_bytes(warps, tiles, depth)
+fn shared_bytes(tokens: usize, width: usize, layout: few::Layout) -> usize {
+    few::input_bytes(tokens, width) + few::ring_bytes(layout)
 }
 
-fn grid(
-    name: &str,
-    blocks: usize,
-    tokens: usize,
-    width: usize,
-    warps: usize,
-    tiles: usize,
-    depth: usize,
-) -> Result<Grid, DeviceError> {
-    let bytes = few::input_bytes(tokens, width) + few::ring_bytes(warps, tiles, depth);
+fn grid(name: &str, blocks: usize, tokens: usize, width: usize, layout: few::Layout) -> Result<Grid, DeviceError> {
+    let bytes = shared_bytes(tokens, width, layout);
     Ok(Grid { blocks: [size(name, blocks)?, 1, 1], dynamic_shared_bytes: size(name, bytes)? })
 }
 
-/// The layout of the paired kernels for a number of tokens. It changes no bit.
-fn pairs(tokens: usize) -> few::Pairs {
-    if tokens <= 2 { few::NARROW } else { few::WIDE }
+/// What a later kernel will read, for this one to bring into the cache; or nothing.
+fn asked<'a>(weight: &'a Weight, ahead: Option<&'a Weight>) -> Result<Slice<'a, bf16>, DeviceError> {
+    match ahead {
+        Some(ahead) => Ok(ahead.rows()?.as_slice()),
+        None => weight.rows()?.slice(..0),
+    }
 }
 
 fn check(name: &str, tokens: usize, width: usize) -> Result<(), DeviceError> {
@@ -90,7 +87,7 @@ fn check(name: &str, tokens: usize, width: usize) -> Result<(), DeviceError> {
 }
 
 /// Normalises `residual` \[T, C\], computes queries, keys and values, rotates them (pairs i and i + D/2), leaves the queries in
-/// `queries` \[T, (H + 2 G) D\] and stores keys and values in their pages.
+/// `queries` \[T, (H + 2 G) D\] and stores keys and values in their pages. `ahead` is a weight that will be read soon.
 ///
 /// # Errors
 /// A shape that does not fit, or the launch's error.
@@ -100,6 +97,7 @@ pub fn few_qkv(
     residual: &Slice<'_, f32>,
     norm: Norm<'_>,
     weight: &Weight,
+    ahead: Option<&Weight>,
     bias: Option<&Slice<'_, bf16>>,
     rope_table: &Slice<'_, f32>,
     places: Places<'_>,
@@ -127,16 +125,15 @@ pub fn few_qkv(
         )
     })?;
     let none = norm.gain.slice(..0)?;
-    let strips = outputs / 32;
-    let few::Pairs { warps, depth } = pairs(tokens);
-    let grid = grid(NAME, strips.div_ceil(warps), tokens, width, warps, 2, depth)?;
-    let kernel = if pairs(tokens) == few::NARROW { few::few_qkv::launch } else { few::few_qkv_wide::launch };
+    let grid = grid(NAME, (outputs / 16).div_ceil(few::QKV.warps), tokens, width, few::QKV)?;
+    let kernel = if tokens <= few::NARROW { few::few_qkv::launch } else { few::few_qkv_wide::launch };
     device.launch(
         kernel(
             residual,
             &norm.gain,
             &weight.rows()?.as_slice(),
             bias.unwrap_or(&none),
+            &asked(weight, ahead)?,
             rope_table,
             &places.positions,
             &places.row_tables,
@@ -155,7 +152,8 @@ pub fn few_qkv(
     )
 }
 
-/// Normalises `residual` \[T, C\], computes gate and up, and leaves silu(gate) * up in `out` \[T, F\].
+/// Normalises `residual` \[T, C\], computes gate and up, and leaves silu(gate) * up in `out` \[T, F\]. `ahead` as in
+/// [`few_qkv`].
 ///
 /// # Errors
 /// A shape that does not fit, or the launch's error.
@@ -164,6 +162,7 @@ pub fn few_gate_up(
     residual: &Slice<'_, f32>,
     norm: Norm<'_>,
     weight: &Weight,
+    ahead: Option<&Weight>,
     out: &mut SliceMut<'_, bf16>,
 ) -> Result<(), DeviceError> {
     const NAME: &str = "few_gate_up";
@@ -178,14 +177,14 @@ pub fn few_gate_up(
     expect(shaped, NAME, || {
         format!("residual {}, weight {} x {width}, out {}", residual.len(), weight.n(), out.len())
     })?;
-    let few::Pairs { warps, depth } = pairs(tokens);
-    let grid = grid(NAME, (ffn / 16).div_ceil(warps), tokens, width, warps, 2, depth)?;
-    let kernel = if pairs(tokens) == few::NARROW { few::few_gate_up::launch } else { few::few_gate_up_wide::launch };
+    let grid = grid(NAME, (ffn / 8).div_ceil(few::GATE_UP.warps), tokens, width, few::GATE_UP)?;
+    let kernel = if tokens <= few::NARROW { few::few_gate_up::launch } else { few::few_gate_up_wide::launch };
     device.launch(
         kernel(
             residual,
             &norm.gain,
             &weight.rows()?.as_slice(),
+            &asked(weight, ahead)?,
             out,
             size(NAME, tokens)?,
             size(NAME, width)?,
@@ -196,7 +195,7 @@ pub fn few_gate_up(
     )
 }
 
-/// `residual` \[T, C\] += `x` \[T, K\] times the weight, whose K is cut as the contract says.
+/// `residual` \[T, C\] += `x` \[T, K\] times the weight, whose K is cut as the contract says. `ahead` as in [`few_qkv`].
 ///
 /// # Errors
 /// A shape that does not fit, or the launch's error.
@@ -204,9 +203,10 @@ pub fn few_residual(
     device: &Device,
     x: &Slice<'_, bf16>,
     weight: &Weight,
+    ahead: Option<&Weight>,
     residual: &mut SliceMut<'_, f32>,
 ) -> Result<(), DeviceError> {
-    few_residual_in(device, contract::segments(weight.n(), weight.k()), x, weight, residual)
+    few_residual_in(device, contract::segments(weight.n(), weight.k()), x, weight, ahead, residual)
 }
 
 /// As [`few_residual`], with K in 1, 2 or 4 segments.
@@ -218,6 +218,7 @@ pub fn few_residual_in(
     segments: usize,
     x: &Slice<'_, bf16>,
     weight: &Weight,
+    ahead: Option<&Weight>,
     residual: &mut SliceMut<'_, f32>,
 ) -> Result<(), DeviceError> {
     const NAME: &str = "few_residual";
@@ -233,9 +234,9 @@ pub fn few_residual_in(
     let shaped =
         x.len() == tokens * width && residual.len() == tokens * outputs && width.is_multiple_of(few::STAGE * segments);
     expect(shaped, NAME, || format!("x {}, weight {outputs} x {width}, residual {}", x.len(), residual.len()))?;
-    let grid = grid(NAME, outputs.div_ceil(16), tokens, width, segments, 1, few::RESIDUAL_DEPTH)?;
+    let grid = grid(NAME, outputs.div_ceil(16), tokens, width, few::residual_layout(segments))?;
     let (tokens, outputs, width) = (size(NAME, tokens)?, size(NAME, outputs)?, size(NAME, width)?);
-    device.launch(kernel(x, &weight.rows()?.as_slice(), residual, tokens, outputs, width), grid)
+    device.launch(kernel(x, &weight.rows()?.as_slice(), &asked(weight, ahead)?, residual, tokens, outputs, width), grid)
 }
 
 /// Normalises `residual` \[T, C\] and computes the head: `logits` \[T, V\] where given, and the token that
@@ -265,7 +266,7 @@ pub fn few_logits(
     expect(shaped, NAME, || {
         format!("residual {}, weight {vocab} x {width}, logits {}, ids {}", residual.len(), logits.len(), ids.len())
     })?;
-    let grid = grid(NAME, blocks, tokens, width, few::LOGITS_WARPS, 1, few::LOGITS_DEPTH)?;
+    let grid = grid(NAME, blocks, tokens, width, few::LOGITS)?;
     device.launch(
         few::few_logits::launch(
             residual,

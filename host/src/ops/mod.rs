@@ -23,7 +23,10 @@ pub use kernels_gpu::kv_write::PAGE;
 pub use kernels_gpu::penalties::ENTRY as PENALTY_ENTRY;
 pub use kernels_gpu::rotary::Pairing;
 pub use kernels_gpu::row_parameters::{RowParameters, WORDS as ROW_WORDS};
-pub use linear::{LinearTarget, linear, linear_kernel, linear_plain};
+pub use linear::{
+    LinearTarget, linear, linear_kernel, linear_parts, linear_parts_kernel, linear_parts_plain, linear_plain,
+    linear_to_residual,
+};
 pub use rows::{embedding, gather_rows, residual_norm, rms_norm};
 pub use sampling::{
     LogProbs, SampleParams, argmax, log_probs, penalties, sample, sample_scratch_len, spare_for_choosing,
@@ -34,6 +37,15 @@ use crate::device::DeviceError;
 /// An error unless `holds`, which says what was expected of which operation.
 fn expect(holds: bool, operation: &str, expected: impl FnOnce() -> String) -> Result<(), DeviceError> {
     if holds { Ok(()) } else { Err(DeviceError::InvalidParameter(format!("{operation}: {}", expected()))) }
+}
+
+/// How many parts of a layer's output lie in `parts`, for a residual of `len`: 1, 2 or 4.
+fn part_count(operation: &str, parts: usize, len: usize) -> Result<usize, DeviceError> {
+    let count = parts.checked_div(len).unwrap_or(0);
+    expect(count * len == parts && matches!(count, 1 | 2 | 4), operation, || {
+        format!("parts of {parts}: 1, 2 or 4 of the residual's {len}")
+    })?;
+    Ok(count)
 }
 
 /// A size as a kernel's parameter.

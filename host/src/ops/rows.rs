@@ -3,7 +3,7 @@
 use cuda_std::launch::Grid;
 use half::bf16;
 
-use super::{expect, size};
+use super::{expect, part_count, size};
 use crate::device::{Device, DeviceError, Slice, SliceMut};
 
 /// Rows of `table` \[V, C\] for `ids` \[T\] into `out` \[T, C\] (f32). Ids must be below V: one that is not stops the device.
@@ -68,24 +68,31 @@ pub fn rms_norm(
     device.launch(kernels_gpu::rms_norm::rms_norm::launch(x, weight, out, size("rms_norm", width)?, eps), grid)
 }
 
-/// Adds `delta` \[T, C\] to `residual` \[T, C\], and normalises what comes of it, as [`rms_norm`] does, into `out` \[T, C\].
+/// Adds `parts` \[S, T, C\] (1, 2 or 4: see [`linear_parts`](super::linear_parts)), summed in order, to `residual` \[T, C\],
+/// and normalises what comes of it, as [`rms_norm`] does, into `out` \[T, C\].
 ///
 /// # Errors
 /// A shape that does not fit, an `eps` that is not positive, or the launch's error.
 pub fn residual_norm(
     device: &Device,
     residual: &mut SliceMut<'_, f32>,
-    delta: &Slice<'_, f32>,
+    parts: &Slice<'_, f32>,
     weight: &Slice<'_, bf16>,
     out: &mut SliceMut<'_, bf16>,
     eps: f32,
 ) -> Result<(), DeviceError> {
+    use kernels_gpu::residual_norm as kernels;
     let (width, len) = (weight.len(), residual.len());
     let shaped = width > 0 && width.is_multiple_of(8) && len > 0 && len.is_multiple_of(width);
-    expect(shaped && delta.len() == len && out.len() == len && eps > 0.0, "residual_norm", || {
-        format!("residual [T, {width}] of {len}, delta of {}, out of {}, eps {eps} > 0", delta.len(), out.len())
+    expect(shaped && out.len() == len && eps > 0.0, "residual_norm", || {
+        format!("residual [T, {width}] of {len}, out of {}, eps {eps} > 0", out.len())
     })?;
+    let kernel = match part_count("residual_norm", parts.len(), len)? {
+        1 => kernels::residual_norm::launch,
+        2 => kernels::residual_norm_2::launch,
+        _ => kernels::residual_norm_4::launch,
+    };
     let grid = Grid::new_1d(size("residual_norm", len / width)?);
     let width = size("residual_norm", width)?;
-    device.launch(kernels_gpu::residual_norm::residual_norm::launch(residual, delta, weight, out, width, eps), grid)
+    device.launch(kernel(residual, parts, weight, out, width, eps), grid)
 }

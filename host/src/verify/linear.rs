@@ -3,9 +3,9 @@
 use half::bf16;
 
 use super::Line;
-use crate::device::{Device, DeviceError, LinearBackend, LinearOutput, MemoryKind, Slice, SliceMut};
-use crate::model::Model;
-use crate::ops::{self, LinearTarget};
+use crate::device::{Device, DeviceError, LinearBackend, LinearOutput, MemoryKind, Slice, SliceMut, Weight};
+use crate::model::{LinearLayer, Model};
+use crate::ops;
 use crate::testing::TestRng;
 
 /// Token counts of the quick check.
@@ -31,22 +31,23 @@ const fn with_larger(larger: [usize; 10]) -> [usize; 74] {
 pub(super) fn check(model: &Model, counts: &[usize], head_counts: &[usize]) -> Result<Vec<Line>, DeviceError> {
     let device = model.device();
     let mut lines = Vec::new();
-    for (name, weight) in model.linear_layers() {
+    for LinearLayer { name, weight, segments } in model.linear_layers() {
         let shape = (weight.n(), weight.k());
         let counts = if name == "head" { head_counts } else { counts };
         // The gate's output is the only one that is rounded to bf16; the plain chain exists for f32 alone.
-        let (wrong, values) = match (device.is_cuda(), name) {
-            (false, _) => compare::<f32>(device, shape, counts, ops::linear_plain)?,
-            (true, "gate and up") => compare::<bf16>(device, shape, counts, ops::linear_kernel)?,
-            (true, _) => compare::<f32>(device, shape, counts, ops::linear_kernel)?,
+        let (wrong, values) = match (device.tensor_cores(), name) {
+            (false, _) => compare::<f32>(device, shape, segments, counts, ops::linear_parts, ops::linear_parts_plain)?,
+            (true, "gate and up") => compare::<bf16>(device, shape, 1, counts, ops::linear, ops::linear_kernel)?,
+            (true, _) => compare::<f32>(device, shape, segments, counts, ops::linear_parts, ops::linear_parts_kernel)?,
         };
-        let (chain, served) = match (device.is_cuda(), device.linear_backend()) {
+        let parts = if segments == 1 { String::new() } else { format!(" in {segments} segments") };
+        let (chain, served) = match (device.tensor_cores(), device.linear_backend()) {
             (true, LinearBackend::CublasLt) => ("k16 tensor-core chain", "cuBLASLt"),
             (true, LinearBackend::Kernel) => ("k16 tensor-core chain", "our kernel"),
             (false, _) => ("plain chain", "the CPU's linear layer"),
         };
         lines.push(Line::new(
-            format!("{name} [{}, {}]: {served} = {chain}", shape.0, shape.1),
+            format!("{name} [{}, {}]{parts}: {served} = {chain}", shape.0, shape.1),
             format!(
                 "{wrong} of {values} values differ, {} token counts from 1 to {}",
                 counts.len(),
@@ -58,37 +59,38 @@ pub(super) fn check(model: &Model, counts: &[usize], head_counts: &[usize]) -> R
     Ok(lines)
 }
 
-/// A kernel that defines the contract: x \[M, K\], weight \[N, K\], out \[M, N\], K.
+/// What serves: x \[M, K\], weight \[N, K\], out \[S, M, N\].
+type Served<O> = fn(&Device, &Slice<'_, bf16>, &Weight, &mut SliceMut<'_, O>) -> Result<(), DeviceError>;
+
+/// A kernel that defines the contract: x \[M, K\], weight \[N, K\], out \[S, M, N\], K.
 type Chain<O> = fn(&Device, &Slice<'_, bf16>, &Slice<'_, bf16>, &mut SliceMut<'_, O>, usize) -> Result<(), DeviceError>;
 
 /// How many of how many outputs differ between the device's linear layer and the contract's kernel, on random data.
-fn compare<O>(
+fn compare<O: LinearOutput + ops::Comparable>(
     device: &Device,
     (n, k): (usize, usize),
+    segments: usize,
     counts: &[usize],
+    serve: Served<O>,
     contract: Chain<O>,
-) -> Result<(u64, u64), DeviceError>
-where
-    O: LinearOutput + ops::Comparable,
-    for<'a> SliceMut<'a, O>: LinearTarget,
-{
+) -> Result<(u64, u64), DeviceError> {
     let most = counts.iter().copied().max().unwrap_or(1);
     let mut random = TestRng::new(0x010c_57e9);
     let kind = MemoryKind::Other;
     let tokens = device.alloc_from(&random.bf16s(most * k), kind, "self-test tokens")?;
     let rows = device.alloc_from(&random.bf16s(n * k), kind, "self-test weight")?;
     let weight = device.prepare_weight(rows, n, k, true)?;
-    let mut served = device.alloc_unwritten::<O>(most * n, kind, "self-test output")?;
-    let mut expected = device.alloc_unwritten::<O>(most * n, kind, "self-test expectation")?;
+    let mut served = device.alloc_unwritten::<O>(segments * most * n, kind, "self-test output")?;
+    let mut expected = device.alloc_unwritten::<O>(segments * most * n, kind, "self-test expectation")?;
     let (mut wrong, mut values) = (0, 0);
     for &m in counts {
         let x = tokens.slice(..m * k)?;
-        let mut served = served.slice_mut(..m * n)?;
-        let mut expected = expected.slice_mut(..m * n)?;
-        ops::linear(device, &x, &weight, &mut served)?;
+        let mut served = served.slice_mut(..segments * m * n)?;
+        let mut expected = expected.slice_mut(..segments * m * n)?;
+        serve(device, &x, &weight, &mut served)?;
         contract(device, &x, &weight.rows()?.as_slice(), &mut expected, k)?;
         wrong += u64::from(ops::differing(device, &served.as_slice(), &expected.as_slice())?);
-        values += (m * n) as u64;
+        values += (segments * m * n) as u64;
     }
     Ok((wrong, values))
 }

@@ -8,6 +8,7 @@ mod golden;
 mod linear;
 pub mod rehearsal;
 mod sequence;
+mod ways;
 
 use std::sync::Arc;
 
@@ -34,9 +35,10 @@ impl Line {
     }
 }
 
-/// Checks the linear layers at a few sizes, in well under a second. On a GPU where cuBLASLt does not give the contract's
-/// bits, our own kernel takes over; the returned lines say so. On the CPU nothing is in doubt (its linear layer is our
-/// own code), and nothing is checked.
+/// Checks the linear layers and the ways of computing decode steps at a few sizes, in well under a second. On a GPU where
+/// cuBLASLt does not give the contract's bits, our own kernel takes over; the returned lines say so. A way of computing
+/// decode steps that has other bits is given up. On the CPU nothing is in doubt (its linear layer is our own code, and
+/// there is one way), and nothing is checked.
 ///
 /// # Errors
 /// The device's error.
@@ -45,15 +47,35 @@ pub fn quick(model: &Model) -> Result<Vec<Line>, DeviceError> {
     if !device.is_cuda() {
         return Ok(Vec::new());
     }
-    let lines = linear::check(model, &linear::QUICK, &linear::QUICK)?;
+    let mut lines = linear::check(model, &linear::QUICK, &linear::QUICK)?;
     if device.linear_backend() == LinearBackend::CublasLt && lines.iter().any(|line| !line.holds) {
         tracing::warn!(
             "cuBLASLt does not give the contract's bits on this device; our own kernel serves every linear layer (slower, same answers)"
         );
         device.set_linear_backend(LinearBackend::Kernel);
-        return linear::check(model, &linear::QUICK, &linear::QUICK);
+        lines = linear::check(model, &linear::QUICK, &linear::QUICK)?;
     }
+    // What is given up can no longer give a wrong answer.
+    lines.extend(decode_ways(model, &ways::QUICK)?.into_iter().filter(|line| line.holds));
     Ok(lines)
+}
+
+/// Checks each way of computing decode steps that the model uses for these numbers of rows against separate operations, and
+/// gives up those whose bits differ.
+///
+/// # Errors
+/// The device's error.
+pub fn decode_ways(model: &Model, rows: &[usize]) -> Result<Vec<Line>, DeviceError> {
+    let checked = ways::check(model, rows)?;
+    for (way, line) in checked.iter().filter(|(_, line)| !line.holds) {
+        tracing::warn!(
+            "{}: {}; such steps are computed otherwise from now on (slower, same answers)",
+            line.claim,
+            line.detail
+        );
+        model.give_up(*way);
+    }
+    Ok(checked.into_iter().map(|(_, line)| line).collect())
 }
 
 /// Checks every line of the contract that one process can check. `report` is told each line as soon as it is known.
@@ -70,12 +92,13 @@ pub fn full(model: &Arc<Model>, report: &mut dyn FnMut(&Line)) -> Result<bool, D
     };
     tell(vec![residency(model.device())]);
     // On the CPU the plain chain is slow, and a few sizes of each kind tell enough.
-    let (counts, head_counts) = if model.device().is_cuda() {
-        (&linear::FULL[..], &linear::FULL_HEAD[..])
+    let (counts, head_counts, rows) = if model.device().is_cuda() {
+        (&linear::FULL[..], &linear::FULL_HEAD[..], &ways::FULL[..])
     } else {
-        (&linear::QUICK[..5], &linear::QUICK[..5])
+        (&linear::QUICK[..5], &linear::QUICK[..5], &ways::QUICK[..6])
     };
     tell(linear::check(model, counts, head_counts)?);
+    tell(ways::check(model, rows)?.into_iter().map(|(_, line)| line).collect());
     tell(sequence::prefill_is_decode(model)?);
     tell(sequence::runs_repeat(model)?);
     tell(vec![residency(model.device())]);

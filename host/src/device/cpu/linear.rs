@@ -1,13 +1,15 @@
 //! Linear layers on the CPU: each output is a chain of f32 FMA over k, in order, from 0.
 //!
 //! A row's chain does not know of other rows, so its bits do not depend on the batch, and every path below computes
-//! the same chain, so they do not depend on the processor either.
+//! the same chain, so they do not depend on the processor either. K may be cut in segments with a chain and an output
+//! each.
 //!
 //! The weight is packed once, in blocks of 16 output features. For each k a block has 8 words; word `j` holds the
 //! weight of feature `j` in its low half and of feature `j + 8` in its high half. So one vector load, one shift and
 //! one mask give 16 f32 weights without a shuffle. The last block is filled up with zeros, which costs at most 15 rows
 //! of memory.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use cuda_std::bf16::bf16_to_f32;
@@ -51,7 +53,7 @@ impl Path {
     }
 }
 
-/// Where tasks write: each its own columns of every row.
+/// Where tasks write: each its own columns of every row of a segment.
 struct Output<O> {
     pointer: *mut O,
     n: usize,
@@ -61,6 +63,15 @@ struct Output<O> {
 unsafe impl<O: LinearOutput> Sync for Output<O> {}
 
 impl<O: LinearOutput> Output<O> {
+    /// The output from a row on.
+    ///
+    /// # Safety
+    /// The row is there.
+    unsafe fn at_row(&self, row: usize) -> Self {
+        // SAFETY: inside the output by contract.
+        Self { pointer: unsafe { self.pointer.add(row * self.n) }, n: self.n }
+    }
+
     /// Writes the sums of a block, as many as are features.
     ///
     /// # Safety
@@ -95,18 +106,21 @@ impl PackedWeight {
         self.memory.device()
     }
 
-    /// `out[m, n] = x[m, k] * weight[n, k]` transposed. `scratch` is kept between calls to spare allocations.
+    /// `out[m, n] = x[m, k] * weight[n, k]` transposed, for each of the segments of k one after the other. `scratch` is kept
+    /// between calls to spare allocations.
     pub(super) fn multiply<O: LinearOutput>(
         &self,
         executor: &Executor,
         scratch: &mut Vec<f32>,
         x: &[bf16],
         m: usize,
+        segments: usize,
         out: &mut [O],
     ) {
-        self.multiply_by(Path::detect(), executor, scratch, x, m, out);
+        self.multiply_by(Path::detect(), executor, scratch, x, m, segments, out);
     }
 
+    #[expect(clippy::too_many_arguments, reason = "the path beside the arguments of `multiply`")]
     fn multiply_by<O: LinearOutput>(
         &self,
         path: Path,
@@ -114,35 +128,42 @@ impl PackedWeight {
         scratch: &mut Vec<f32>,
         x: &[bf16],
         m: usize,
+        segments: usize,
         out: &mut [O],
     ) {
-        assert!(x.len() == m * self.k && out.len() == m * self.n, "the shapes were checked");
+        let part = self.k / segments;
+        let whole = x.len() == m * self.k && out.len() == segments * m * self.n && part * segments == self.k;
+        assert!(whole, "the shapes were checked");
         scratch.clear();
         scratch.extend(x.iter().map(|&value| bf16_to_f32(value)));
         let x = scratch.as_slice();
-        let output = Output { pointer: out.as_mut_ptr(), n: self.n };
+        let all = Output { pointer: out.as_mut_ptr(), n: self.n };
         let blocks = self.n.div_ceil(BLOCK);
-        executor.for_each(blocks.div_ceil(TASK_BLOCKS), &|task| {
-            let first = task * TASK_BLOCKS;
+        let tasks = blocks.div_ceil(TASK_BLOCKS);
+        executor.for_each(tasks * segments, &|task| {
+            let (segment, first) = (task / tasks, task % tasks * TASK_BLOCKS);
             let last = (first + TASK_BLOCKS).min(blocks);
-            // SAFETY: the task's blocks are its own, and `x` has `m` rows of `k`.
-            unsafe { self.task(path, first..last, x, m, &output) };
+            // SAFETY: the output has a matrix of `m` rows for each segment.
+            let output = unsafe { all.at_row(segment * m) };
+            // SAFETY: the task's blocks of its segment are its own, and `x` has `m` rows of `k`.
+            unsafe { self.task(path, first..last, segment * part..(segment + 1) * part, x, m, &output) };
         });
     }
 
-    fn block(&self, block: usize) -> &[u32] {
-        let length = self.k * WORDS;
-        &self.memory.words()[block * length..][..length]
+    /// The words of a block for some k.
+    fn block(&self, block: usize, span: &Range<usize>) -> &[u32] {
+        &self.memory.words()[(block * self.k + span.start) * WORDS..][..span.len() * WORDS]
     }
 
-    /// All rows of some blocks.
+    /// All rows of some blocks, over some k.
     ///
     /// # Safety
     /// No other thread writes these blocks' columns; `x` has `m` rows of `k`.
     unsafe fn task<O: LinearOutput>(
         &self,
         path: Path,
-        blocks: std::ops::Range<usize>,
+        blocks: Range<usize>,
+        span: Range<usize>,
         x: &[f32],
         m: usize,
         output: &Output<O>,
@@ -150,13 +171,13 @@ impl PackedWeight {
         match path {
             // SAFETY: the path is taken only where these instructions are; the rest by contract.
             #[cfg(target_arch = "x86_64")]
-            Path::Avx2 => unsafe { self.task_avx2(blocks, x, m, output) },
+            Path::Avx2 => unsafe { self.task_avx2(blocks, &span, x, m, output) },
             Path::Portable => {
                 for block in blocks {
-                    let weight = self.block(block);
+                    let weight = self.block(block, &span);
                     for (row, x) in x.chunks_exact(self.k).enumerate() {
                         // SAFETY: by contract.
-                        unsafe { output.store(row, block, &chain(weight, x)) };
+                        unsafe { output.store(row, block, &chain(weight, &x[span.clone()])) };
                     }
                 }
             }
@@ -171,7 +192,8 @@ impl PackedWeight {
     #[target_feature(enable = "avx2,fma")]
     unsafe fn task_avx2<O: LinearOutput>(
         &self,
-        blocks: std::ops::Range<usize>,
+        blocks: Range<usize>,
+        span: &Range<usize>,
         x: &[f32],
         m: usize,
         output: &Output<O>,
@@ -181,7 +203,7 @@ impl PackedWeight {
         for block in blocks.clone() {
             for row in (0..whole).step_by(ROWS) {
                 // SAFETY: by contract.
-                unsafe { self.tile::<ROWS, 1, O>(block, x, row, output) };
+                unsafe { self.tile::<ROWS, 1, O>(block, span, x, row, output) };
             }
         }
         macro_rules! rest {
@@ -189,12 +211,12 @@ impl PackedWeight {
                 let mut block = blocks.start;
                 while blocks.end - block >= $at_once {
                     // SAFETY: by contract.
-                    unsafe { self.tile::<$rows, $at_once, O>(block, x, whole, output) };
+                    unsafe { self.tile::<$rows, $at_once, O>(block, span, x, whole, output) };
                     block += $at_once;
                 }
                 while block < blocks.end {
                     // SAFETY: by contract.
-                    unsafe { self.tile::<$rows, 1, O>(block, x, whole, output) };
+                    unsafe { self.tile::<$rows, 1, O>(block, span, x, whole, output) };
                     block += 1;
                 }
             }};
@@ -219,6 +241,7 @@ impl PackedWeight {
     unsafe fn tile<const R: usize, const B: usize, O: LinearOutput>(
         &self,
         block: usize,
+        span: &Range<usize>,
         x: &[f32],
         row: usize,
         output: &Output<O>,
@@ -227,15 +250,15 @@ impl PackedWeight {
             __m256, _mm256_and_si256, _mm256_broadcast_ss, _mm256_castsi256_ps, _mm256_fmadd_ps, _mm256_load_si256,
             _mm256_set1_epi32, _mm256_setzero_ps, _mm256_slli_epi32, _mm256_storeu_ps,
         };
-        let k = self.k;
-        let weights: [&[u32]; B] = std::array::from_fn(|b| self.block(block + b));
-        let rows: [&[f32]; R] = std::array::from_fn(|r| &x[(row + r) * k..][..k]);
+        let k = span.len();
+        let weights: [&[u32]; B] = std::array::from_fn(|b| self.block(block + b, span));
+        let rows: [&[f32]; R] = std::array::from_fn(|r| &x[(row + r) * self.k + span.start..][..k]);
         let high = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
         let mut sums: [[[__m256; 2]; B]; R] = [[[_mm256_setzero_ps(); 2]; B]; R];
         for index in 0..k {
             let mut weight = [[_mm256_setzero_ps(); 2]; B];
             for b in 0..B {
-                // SAFETY: 8 words from `index * 8` are inside the block; blocks start at multiples of 32 bytes.
+                // SAFETY: 8 words from `index * 8` are inside the block, which starts at a multiple of 32 bytes for every k.
                 let words = unsafe { _mm256_load_si256(weights[b].as_ptr().add(index * WORDS).cast()) };
                 weight[b] = [
                     _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words)),
@@ -332,7 +355,7 @@ mod tests {
             let nan = O::from_sum(f32::NAN);
             let mut out = vec![nan; rows.len() * self.n];
             let x = &self.x[rows.start * self.k..rows.end * self.k];
-            self.packed.multiply_by(path, &self.executor, &mut Vec::new(), x, rows.len(), &mut out);
+            self.packed.multiply_by(path, &self.executor, &mut Vec::new(), x, rows.len(), 1, &mut out);
             out
         }
 
@@ -404,6 +427,34 @@ mod tests {
     }
 
     #[test]
+    fn segments_are_chains_of_their_own() {
+        for (m, n, k, segments) in [(1, 17, 8, 4), (3, 64, 30, 2), (6, 33, 66, 3), (7, 129, 128, 4), (40, 31, 5, 1)] {
+            let case = Case::new(m, n, k);
+            let part = k / segments;
+            let (sums, magnitudes) = case.oracle();
+            let mut expected = Vec::new();
+            for index in 0..segments * m * n {
+                let (segment, row, feature) = (index / n / m, index / n % m, index % n);
+                expected.push((segment * part..(segment + 1) * part).fold(0.0_f32, |sum, index| {
+                    case.x[row * k + index].to_f32().mul_add(case.weight[feature * k + index].to_f32(), sum)
+                }));
+            }
+            for path in [Path::detect(), Path::Portable] {
+                let mut out = vec![f32::NAN; segments * m * n];
+                let scratch = &mut Vec::new();
+                case.packed.multiply_by(path, &case.executor, scratch, &case.x, m, segments, &mut out);
+                assert_bits(&out, &expected);
+                // All parts together are the product.
+                for index in 0..m * n {
+                    let sum: f64 = out[index..].iter().step_by(m * n).map(|&part| f64::from(part)).sum();
+                    let absolute = magnitudes[index] * k as f64 / f64::from(1 << 24);
+                    assert!((sum - sums[index]).abs() <= absolute, "{sum} {}", sums[index]);
+                }
+            }
+        }
+    }
+
+    #[test]
     fn the_order_of_k_matters() {
         // The canary: reversing k must change some bit, or the tests above would accept any order.
         let (n, k) = (33, 129);
@@ -413,7 +464,7 @@ mod tests {
         let shared = Arc::new(Shared::new(None, false));
         let packed = PackedWeight::new(&shared, &reversed(&case.weight), n, k).unwrap();
         let mut out = vec![f32::NAN; n];
-        packed.multiply(&case.executor, &mut Vec::new(), &reversed(&case.x), 1, &mut out);
+        packed.multiply(&case.executor, &mut Vec::new(), &reversed(&case.x), 1, 1, &mut out);
         assert_ne!(out, case.run::<f32>(Path::detect(), 0..1));
     }
 
@@ -429,7 +480,7 @@ mod tests {
                 let mut best = f64::INFINITY;
                 for _ in 0..50 {
                     let start = std::time::Instant::now();
-                    case.packed.multiply(&case.executor, &mut scratch, &case.x, m, &mut out);
+                    case.packed.multiply(&case.executor, &mut scratch, &case.x, m, 1, &mut out);
                     best = best.min(start.elapsed().as_secs_f64());
                 }
                 let rate = 2.0 * (m * n * k) as f64 / best / 1e9;

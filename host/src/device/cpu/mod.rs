@@ -1,6 +1,7 @@
 //! The CPU as a device: memory of this process, kernels under the SIMT executor, its own linear layers.
 
 use std::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cuda_std::Element;
@@ -12,7 +13,9 @@ pub(super) use linear::PackedWeight;
 pub(super) use memory::{Fill, Memory};
 
 use super::buffer::DeviceId;
-use super::{Buffer, DeviceError, LinearOutput, MemoryInfo, MemoryKind, MemoryTracker, Slice, SliceMut, Weight};
+use super::{
+    Buffer, DeviceError, LinearBackend, LinearOutput, MemoryInfo, MemoryKind, MemoryTracker, Slice, SliceMut, Weight,
+};
 
 mod linear;
 mod memory;
@@ -28,6 +31,9 @@ pub struct CpuOptions {
     pub checked: bool,
     /// Of the order in which checked mode runs threads.
     pub seed: u64,
+    /// Compute linear layers as a GPU does, by the tensor-core kernels, whose products the executor imitates. For tests of
+    /// what only GPUs do otherwise: many times slower.
+    pub tensor_cores: bool,
 }
 
 /// A guard against a mistyped number.
@@ -40,6 +46,9 @@ pub struct Cpu {
     failure: Mutex<Option<DeviceError>>,
     /// The input of a linear layer as f32.
     scratch: Mutex<Vec<f32>>,
+    tensor_cores: bool,
+    /// Linear layers by the tensor-core kernel, where there are tensor cores.
+    own_kernel: AtomicBool,
 }
 
 /// What memory needs of its device.
@@ -87,7 +96,15 @@ impl Cpu {
         }
         let executor = if options.checked { Executor::checked(options.seed) } else { Executor::new(threads) };
         let shared = Arc::new(Shared::new(options.memory_limit_bytes, options.checked));
-        Ok(Self { shared, executor, failure: Mutex::new(None), scratch: Mutex::new(Vec::new()) })
+        let (failure, scratch) = (Mutex::new(None), Mutex::new(Vec::new()));
+        Ok(Self {
+            shared,
+            executor,
+            failure,
+            scratch,
+            tensor_cores: options.tensor_cores,
+            own_kernel: AtomicBool::new(options.tensor_cores),
+        })
     }
 
     pub(super) fn id(&self) -> DeviceId {
@@ -100,6 +117,19 @@ impl Cpu {
 
     pub(super) fn multiprocessors(&self) -> usize {
         self.executor.threads()
+    }
+
+    pub(super) fn tensor_cores(&self) -> bool {
+        self.tensor_cores
+    }
+
+    /// `CublasLt` stands for this device's own linear layer.
+    pub(super) fn linear_backend(&self) -> LinearBackend {
+        if self.own_kernel.load(Ordering::Relaxed) { LinearBackend::Kernel } else { LinearBackend::CublasLt }
+    }
+
+    pub(super) fn set_linear_backend(&self, backend: LinearBackend) {
+        self.own_kernel.store(self.tensor_cores && backend == LinearBackend::Kernel, Ordering::Relaxed);
     }
 
     pub(super) fn tracker(&self) -> &MemoryTracker {
@@ -213,6 +243,7 @@ impl Cpu {
         x: Slice<'_, bf16>,
         m: usize,
         weight: &Weight,
+        segments: usize,
         out: &mut SliceMut<'_, O>,
     ) -> Result<(), DeviceError> {
         self.healthy()?;
@@ -229,7 +260,7 @@ impl Cpu {
         }
         mark_written(out);
         let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-        packed.multiply(&self.executor, &mut scratch, values(x), m, values_mut(out));
+        packed.multiply(&self.executor, &mut scratch, values(x), m, segments, values_mut(out));
         Ok(())
     }
 }

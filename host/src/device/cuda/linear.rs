@@ -3,6 +3,9 @@
 //! cuBLASLt thinks in columns: a row-major `[rows, cols]` matrix is its `[cols, rows]`. So it computes the transposed
 //! output `[n, m]` as the weight, transposed from `[k, n]`, times the input `[k, m]`.
 //!
+//! The parts of a layer are one batch: a matrix for each segment of K, which lies between the same leading dimensions as the
+//! whole, so that the segment's start is the only thing that tells it apart.
+//!
 //! The heuristic is asked for algorithms without workspace and without reduction, hence without split-K; what it
 //! returns is read back and checked. Which of them runs may depend on `m`, because the self-test has found their bits
 //! equal.
@@ -14,11 +17,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::cublaslt::sys::{
     self, cublasComputeType_t, cublasLtMatmulAlgo_t, cublasLtMatmulAlgoConfigAttributes_t as AlgoConfig,
     cublasLtMatmulDesc_t, cublasLtMatmulDescAttributes_t as DescAttribute, cublasLtMatmulHeuristicResult_t,
-    cublasLtMatmulPreferenceAttributes_t as Preference, cublasLtMatrixLayout_t, cublasStatus_t, cudaDataType,
+    cublasLtMatmulPreferenceAttributes_t as Preference, cublasLtMatrixLayout_t,
+    cublasLtMatrixLayoutAttribute_t as LayoutAttribute, cublasStatus_t, cudaDataType,
 };
 
 use super::context::Context;
-use crate::device::{DeviceError, OutputType, contract};
+use crate::device::{DeviceError, OutputType};
 
 /// `CUBLAS_OP_N` and `CUBLAS_OP_T`, which cudarc has only in its cuBLAS bindings.
 const OPERATION_N: i32 = 0;
@@ -46,8 +50,21 @@ struct Shape {
     k: usize,
     m: usize,
     output: OutputType,
-    /// A power of two that divides the three addresses.
+    /// A power of two that divides the addresses of every segment's three matrices.
     alignment: u32,
+}
+
+impl Shape {
+    /// `addresses` is the union of the three addresses' bits.
+    fn new(n: usize, k: usize, m: usize, output: OutputType, addresses: u64) -> Self {
+        // One segment is the whole, and shares its plans.
+        let (output, steps) = match output {
+            OutputType::Parts(0 | 1) => (OutputType::F32, 0),
+            OutputType::Parts(segments) => (output, (k / segments * 2) | (m * n * 4)),
+            OutputType::F32 | OutputType::Bf16 => (output, 0),
+        };
+        Self { n, k, m, output, alignment: alignment(addresses | steps as u64) }
+    }
 }
 
 /// One linear layer: `out[m, n] = x[m, k] * weight[n, k]` transposed.
@@ -141,7 +158,7 @@ impl CublasLt {
     pub(super) unsafe fn multiply(&self, multiply: &Multiply, algorithm: Option<usize>) -> Result<(), DeviceError> {
         self.context.enter()?;
         let Multiply { n, k, m, output, weight, x, out } = *multiply;
-        let plan = self.plan(Shape { n, k, m, output, alignment: alignment(weight | x | out) })?;
+        let plan = self.plan(Shape::new(n, k, m, output, weight | x | out))?;
         let index = algorithm.unwrap_or(0);
         let Some(chosen) = plan.algorithms.get(index) else {
             return Err(if algorithm.is_none() {
@@ -200,8 +217,13 @@ impl CublasLt {
         if n == 0 || k == 0 || m == 0 {
             return Err(DeviceError::InvalidParameter(format!("a linear layer of {n} x {k} with {m} rows is empty")));
         }
+        if let OutputType::Parts(segments) = output
+            && (segments == 0 || !k.is_multiple_of(segments))
+        {
+            return Err(DeviceError::InvalidParameter(format!("K = {k} cannot be cut in {segments} segments")));
+        }
         self.context.enter()?;
-        let plan = self.plan(Shape { n, k, m, output, alignment: 256 })?;
+        let plan = self.plan(Shape::new(n, k, m, output, 256))?;
         Ok(plan.algorithms.iter().map(describe).collect())
     }
 
@@ -216,18 +238,18 @@ impl CublasLt {
 
     fn make_plan(&self, shape: Shape) -> Result<Plan, DeviceError> {
         let Shape { n, k, m, output, alignment } = shape;
-        if contract::segments(n, k) != 1 {
-            return Err(DeviceError::KernelLaunchFailed(format!("{n} x {k}: more than one segment is not done here")));
-        }
-        let output_type = match output {
-            OutputType::F32 => cudaDataType::CUDA_R_32F,
-            OutputType::Bf16 => cudaDataType::CUDA_R_16BF,
+        let (output_type, segments) = match output {
+            OutputType::F32 => (cudaDataType::CUDA_R_32F, 1),
+            OutputType::Bf16 => (cudaDataType::CUDA_R_16BF, 1),
+            OutputType::Parts(segments) => (cudaDataType::CUDA_R_32F, segments),
         };
+        let part = k / segments;
+        let operand = cudaDataType::CUDA_R_16BF;
         let mut plan = Plan {
             operation: operation()?,
-            weight: layout(cudaDataType::CUDA_R_16BF, k, n)?,
-            x: layout(cudaDataType::CUDA_R_16BF, k, m)?,
-            out: layout(output_type, n, m)?,
+            weight: layout(&Matrices { ty: operand, rows: part, cols: n, leading: k, count: segments, step: part })?,
+            x: layout(&Matrices { ty: operand, rows: part, cols: m, leading: k, count: segments, step: part })?,
+            out: layout(&Matrices { ty: output_type, rows: n, cols: m, leading: n, count: segments, step: m * n })?,
             algorithms: Vec::new(),
         };
         let preference = preference(alignment)?;
@@ -319,13 +341,50 @@ fn operation() -> Result<Descriptor<cublasLtMatmulDesc_t>, DeviceError> {
     Ok(descriptor)
 }
 
-/// A dense matrix in columns.
-fn layout(ty: cudaDataType, rows: usize, cols: usize) -> Result<Descriptor<cublasLtMatrixLayout_t>, DeviceError> {
+/// Matrices in columns, one for each segment.
+struct Matrices {
+    ty: cudaDataType,
+    rows: usize,
+    cols: usize,
+    /// Elements from a column to the next.
+    leading: usize,
+    count: usize,
+    /// Elements from a matrix to the next.
+    step: usize,
+}
+
+fn layout(matrices: &Matrices) -> Result<Descriptor<cublasLtMatrixLayout_t>, DeviceError> {
+    let Matrices { ty, rows, cols, leading, count, step } = *matrices;
     let mut handle = std::ptr::null_mut();
     // SAFETY: writes one handle.
-    let status = unsafe { sys::cublasLtMatrixLayoutCreate(&raw mut handle, ty, rows as u64, cols as u64, rows as i64) };
+    let status =
+        unsafe { sys::cublasLtMatrixLayoutCreate(&raw mut handle, ty, rows as u64, cols as u64, leading as i64) };
     checked(status, "a layout")?;
-    Ok(Descriptor { handle: Some((handle, sys::cublasLtMatrixLayoutDestroy as _)) })
+    let descriptor = Descriptor { handle: Some((handle, sys::cublasLtMatrixLayoutDestroy as _)) };
+    if count > 1 {
+        let (count, step) = (count as i32, step as i64);
+        // SAFETY: reads 4 bytes.
+        let status = unsafe {
+            sys::cublasLtMatrixLayoutSetAttribute(
+                handle,
+                LayoutAttribute::CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT,
+                (&raw const count).cast(),
+                size_of_val(&count),
+            )
+        };
+        checked(status, "a batch")?;
+        // SAFETY: reads 8 bytes.
+        let status = unsafe {
+            sys::cublasLtMatrixLayoutSetAttribute(
+                handle,
+                LayoutAttribute::CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
+                (&raw const step).cast(),
+                size_of_val(&step),
+            )
+        };
+        checked(status, "a batch's steps")?;
+    }
+    Ok(descriptor)
 }
 
 /// No workspace, no reduction, and no more alignment than there is.

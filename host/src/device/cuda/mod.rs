@@ -188,6 +188,7 @@ impl Cuda {
         x: Slice<'_, bf16>,
         m: usize,
         weight: &Weight,
+        output: OutputType,
         out: &mut SliceMut<'_, O>,
         algorithm: Option<usize>,
     ) -> Result<(), DeviceError> {
@@ -199,13 +200,14 @@ impl Cuda {
             n: weight.n(),
             k: weight.k(),
             m,
-            output: O::TYPE,
+            output,
             weight: rows.address(),
             x: x.address(),
             out: out.address(),
         };
-        // SAFETY: `check_shapes` has compared the lengths of the views with the shape; they lie in live memory of this
-        // device, and the output is borrowed exclusively.
+        // SAFETY: `check_shapes` has compared the lengths of the views with the shape, and with the segments where `output`
+        // is parts; else `output` is the view's own type. They lie in live memory of this device, and the output is borrowed
+        // exclusively.
         unsafe { self.cublaslt()?.multiply(&multiply, algorithm) }
     }
 

@@ -315,7 +315,12 @@ struct Layer {
 impl Layer {
     fn new(device: &Device, m: usize, n: usize, k: usize) -> Self {
         let mut rng = TestRng::new((m * 7919 + n * 31 + k) as u64);
-        let (x, rows) = (rng.bf16s(m * k), rng.bf16s(n * k));
+        Self::holding(device, m, rng.bf16s(m * k), rng.bf16s(n * k))
+    }
+
+    fn holding(device: &Device, m: usize, x: Vec<bf16>, rows: Vec<bf16>) -> Self {
+        let k = x.len() / m;
+        let n = rows.len() / k;
         let buffer = device.alloc_from(&rows, MemoryKind::Weights, "rows").unwrap();
         let weight = device.prepare_weight(buffer, n, k, false).unwrap();
         Self { on_device: device.alloc_from(&x, MemoryKind::Activations, "x").unwrap(), x, rows, weight, m }
@@ -403,6 +408,43 @@ fn every_algorithm_gives_every_row_its_bits() {
             assert_eq!(error.code(), ErrorCode::InvalidParameter, "{error}");
         }
     }
+}
+
+/// Each part is the whole layer of its columns alone, with every algorithm and at every number of rows; and the planted
+/// fault: a part's columns begun 16 too late are other bits.
+#[test]
+#[ignore = "needs a GPU"]
+fn every_algorithm_gives_every_part_its_bits() {
+    let device = gpu();
+    for (n, k, segments) in [(896, 4864, 4), (128, 2048, 4), (1536, 8960, 2), (72, 256, 2)] {
+        let layer = Layer::new(&device, 64, n, k);
+        let part = k / segments;
+        let columns = |values: &[bf16], first: usize| -> Vec<bf16> {
+            values.chunks(k).flat_map(|row| &row[first..first + part]).copied().collect()
+        };
+        let alone = |first: usize| -> Vec<f32> {
+            let layer = Layer::holding(&device, 64, columns(&layer.x, first), columns(&layer.rows, first));
+            layer.run(&device, 0..64, None).unwrap()
+        };
+        let expected: Vec<Vec<f32>> = (0..segments).map(|segment| alone(segment * part)).collect();
+        assert_ne!(alone(16), expected[0]);
+        for m in [1, 2, 8, 9, 17, 64] {
+            let algorithms = device.linear_algorithms(n, k, m, OutputType::Parts(segments)).unwrap();
+            assert!(!algorithms.is_empty(), "{n} x {k} in {segments} segments, {m} rows");
+            let x = layer.on_device.slice(..m * k).unwrap();
+            for (index, text) in algorithms.iter().enumerate() {
+                assert!(text.contains("split-K 1"), "{text}");
+                let mut out = device.alloc_unwritten::<f32>(segments * m * n, MemoryKind::Activations, "out").unwrap();
+                device.linear_parts_with_algorithm(index, x, &layer.weight, segments, &mut out).unwrap();
+                let parts = device.download(&out).unwrap();
+                for (part, expected) in parts.chunks(m * n).zip(&expected) {
+                    assert_bits(part, &expected[..m * n]);
+                }
+            }
+        }
+    }
+    assert!(device.linear_algorithms(8, 64, 1, OutputType::Parts(3)).is_err());
+    assert!(device.linear_algorithms(8, 64, 1, OutputType::Parts(0)).is_err());
 }
 
 #[test]
