@@ -42,6 +42,8 @@ fn no_request_can_tell_its_company(device: &Device, size: Size) {
         "other orders",
         "two engines",
         "greedy without",
+        "drawn without",
+        "penalised from",
     ] {
         assert!(lines.iter().any(|line| line.claim.contains(subject)), "{subject}: {lines:#?}");
     }

@@ -10,7 +10,7 @@ use cuda_std::prelude::*;
 
 use crate::rank::{self, THREADS, WARPS};
 use crate::row_parameters::RowParameters;
-use crate::{philox, quads};
+use crate::{distance, philox, quads};
 
 /// Loads of 16 bytes per thread.
 const QUADS: usize = 4;
@@ -55,14 +55,40 @@ fn first_id(quad: usize) -> usize {
     (segment * 128 + thread::lane_id() * 4) as usize
 }
 
-/// A key such that at least `wanted` of the threads' keys, and few more, are as great; 1 if fewer are not 0.
+/// A key such that at least `wanted` of the threads' keys, of which `best` is the greatest, and few more are as great; 1 if
+/// fewer are not 0. By distance from the best in one pass; where that tells too few apart, by the digits of the keys.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-fn floor_of(key: u64, wanted: u32, histogram: &Shared<u32>, chosen: &Shared<u32>) -> u64 {
+fn floor_of(key: u64, best: u64, wanted: u32, histogram: &Shared<u32>, chosen: &Shared<u32>) -> u64 {
+    let thread = thread::thread_idx_x() as usize;
+    let max = rank::logit_of(best);
+    if thread < distance::BINS {
+        histogram.set(thread, 0);
+    }
+    thread::sync_threads();
+    if key != 0 {
+        histogram.atomic_add(distance::bin(max, rank::logit_of(key)), 1);
+    }
+    let (bin, upto) = distance::first_bins(histogram, wanted, chosen);
+    if bin as usize == distance::BINS {
+        1
+    } else if bin as usize + 1 < distance::BINS && upto <= wanted + wanted / 4 + 8 {
+        distance::floor(max, bin)
+    } else {
+        floor_by_digits(key, wanted, histogram, chosen)
+    }
+}
+
+/// As [`floor_of`], and nearer to `wanted`.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+fn floor_by_digits(key: u64, wanted: u32, histogram: &Shared<u32>, chosen: &Shared<u32>) -> u64 {
     /// The digit that says that fewer are not 0.
     const NONE: u32 = 256;
     let thread = thread::thread_idx_x() as usize;
     let most = wanted + wanted / 8 + 4;
+    // Whoever reads what was chosen before has done so.
+    thread::sync_threads();
     let (mut prefix, mut above) = (0_u64, 0);
     let mut shift = 64;
     while shift > 0 {
@@ -185,7 +211,7 @@ pub fn sample_candidates(logits: In<f32>, parameters: In<u32>, summaries: Out<u6
     } else if wanted == 1 {
         best
     } else {
-        floor_of(own, wanted, &histogram, &chosen)
+        floor_of(own, best, wanted, &histogram, &chosen)
     };
     if own >= floor {
         for quad in 0..QUADS {

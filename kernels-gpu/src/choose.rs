@@ -3,12 +3,17 @@
 use cuda_std::prelude::*;
 
 use crate::candidates::{CAPACITY, MAX_PARTS, SUMMARY};
+use crate::distance;
 use crate::rank::{self, THREADS, WARPS};
 use crate::row_parameters::RowParameters;
 use crate::sample::{Selection, draw_from_row, fraction, lowest_logit, mass, noisy};
 
 /// The most candidates of a row that are sorted; a row with more is drawn from the whole vocabulary.
 pub const SORTED: usize = 4096;
+
+/// The most candidates that top-k leaves for a short sort. Parts that know nothing of each other find many times as many as a
+/// row keeps, and a sort of all of them would be most of this kernel.
+pub const FIRST: usize = 512;
 
 /// Sorts `size` keys, the greatest first; `size` is a power of two. What was written before need not be behind a barrier.
 #[inline(always)]
@@ -157,6 +162,10 @@ pub fn sample_choose(
     let histogram = shared_array!(u64, 256);
     let chosen = shared_array!(u64, 3);
     let keys = shared_array!(u64, SORTED);
+    let first_keys = shared_array!(u64, FIRST);
+    let histogram_of_all = shared_array!(u32, distance::BINS);
+    let first_bins = shared_array!(u32, 2);
+    let found = shared_array!(u32, 1);
     let counts = shared_array!(u32, MAX_PARTS);
     let thread = thread::thread_idx_x() as usize;
     let row = thread::block_idx_x() as usize;
@@ -210,6 +219,36 @@ pub fn sample_choose(
             }
             part += WARPS;
         }
+        let max = rank::logit_of(best);
+        // Of the candidates, which `keys` are, `top_k` or a few more: all that are as near to the best as these.
+        let (mut keys, mut count) = (keys, count);
+        let top_k = parameters.top_k as usize;
+        if top_k > 0 && top_k < count {
+            if thread < distance::BINS {
+                histogram_of_all.set(thread, 0);
+            }
+            if thread == 0 {
+                found.set(0, 0);
+            }
+            thread::sync_threads();
+            let mut index = thread;
+            while index < count {
+                histogram_of_all.atomic_add(distance::bin(max, rank::logit_of(keys.get(index))), 1);
+                index += THREADS;
+            }
+            let (bin, upto) = distance::first_bins(&histogram_of_all, parameters.top_k, &first_bins);
+            if upto as usize <= FIRST {
+                let mut index = thread;
+                while index < count {
+                    let key = keys.get(index);
+                    if distance::bin(max, rank::logit_of(key)) <= bin as usize {
+                        first_keys.set(found.atomic_add(0, 1) as usize, key);
+                    }
+                    index += THREADS;
+                }
+                (keys, count) = (first_keys, upto as usize);
+            }
+        }
         let size = count.next_power_of_two();
         let mut index = count + thread;
         while index < size {
@@ -218,7 +257,7 @@ pub fn sample_choose(
         }
         sort(&keys, size);
         let whole_mass = if whole_mass { Some(sum) } else { None };
-        let row = Row { parameters, max: rank::logit_of(best), count, floor, whole_mass };
+        let row = Row { parameters, max, count, floor, whole_mass };
         decided = winner(&row, &keys, &chosen, &scratch);
     }
     let id = if let Some(winner) = decided {

@@ -14,7 +14,7 @@
 //! | `attention` | the definition; `attention_prefill`, `attention_decode` and `attention_decode_short` meet it |
 //! | `residual_add`, `silu_mul` | around the feed-forward layers |
 //! | `gather_rows` | the rows whose logits are needed |
-//! | `penalties`, `argmax`, `sample`, `log_probs` | from logits to a token (`rank`, `row_parameters`, `philox`, `quads`: their parts) |
+//! | `penalties`, `argmax`, `sample`, `log_probs` | from logits to a token (`rank`, `distance`, `row_parameters`, `philox`, `quads`: their parts) |
 //! | `candidates`, `masses`, `choose` | `sample`, fast on a GPU |
 //! | `few` | the linear layers of few tokens, fused with their neighbours |
 //! | `differing` | bit comparison, for the self-test |
@@ -34,6 +34,7 @@ pub mod bias_add;
 pub mod candidates;
 pub mod choose;
 pub mod differing;
+pub mod distance;
 pub mod embedding;
 pub mod few;
 pub mod gather_rows;

@@ -110,6 +110,24 @@ pub fn inclusive_scan(value: u64) -> u64 {
     sum
 }
 
+/// [`inclusive_scan`] of smaller values, in half the time.
+#[inline(always)]
+#[must_use]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub fn inclusive_scan_u32(value: u32) -> u32 {
+    let lane = thread::lane_id();
+    let mut sum = value;
+    let mut distance = 1;
+    while distance < 32 {
+        let before = warp::shuffle_u32(sum, lane.wrapping_sub(distance));
+        if lane >= distance {
+            sum += before;
+        }
+        distance <<= 1;
+    }
+    sum
+}
+
 /// The sum of the values of the block's threads before this one, and that of all.
 #[inline(always)]
 #[must_use]

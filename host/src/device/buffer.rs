@@ -233,6 +233,23 @@ impl<'a, T: Element> SliceMut<'a, T> {
         Ok((SliceMut { view: first, _elements: PhantomData }, SliceMut { view: rest, _elements: PhantomData }))
     }
 
+    /// The same memory as elements of another type, which any bits are values of: for memory that holds one thing after the
+    /// other. What does not fill an element is left out.
+    ///
+    /// # Errors
+    /// It does not start where such an element may.
+    pub fn cast<U: Element>(self) -> Result<SliceMut<'a, U>, DeviceError> {
+        if !self.view.address.is_multiple_of(align_of::<U>() as u64) {
+            return Err(DeviceError::InvalidParameter(format!(
+                "memory at {:#x} cannot hold elements of type {}",
+                self.view.address,
+                U::NAME
+            )));
+        }
+        let len = self.view.len * size_of::<T>() / size_of::<U>();
+        Ok(SliceMut { view: View { len, ..self.view }, _elements: PhantomData })
+    }
+
     /// What checked mode knows of the buffer, and the bytes of this view in it.
     pub(super) fn shadow(&self) -> Option<(&Shadow, Range<usize>)> {
         // SAFETY: the view borrows the buffer.

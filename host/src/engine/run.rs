@@ -16,8 +16,8 @@ use super::scheduler::{NeverFits, Plan, Scheduler, SchedulerLimits};
 use super::sequence::SequenceId;
 use super::{EngineError, EngineOptions};
 use crate::device::{DeviceError, Pending};
-use crate::model::{KvCache, Model, StepLimits, Workspace};
-use crate::ops::PAGE;
+use crate::model::{Choosing, KvCache, Model, StepLimits, Workspace};
+use crate::ops::{PAGE, RowParameters};
 
 /// How long nothing has to happen before the pages are recounted, so that the recount seldom delays a request.
 const RECOUNT_AFTER: Duration = Duration::from_secs(1);
@@ -118,6 +118,17 @@ enum Choice {
     Sampled(Vec<Sampled>),
     /// On their way from the device.
     Coming(Pending<u32>),
+}
+
+/// How the tokens of `chosen` are to be chosen; their clients exist.
+fn sample_rows<'a>(clients: &'a BTreeMap<SequenceId, Client>, chosen: &[Chosen]) -> Vec<SampleRow<'a>> {
+    chosen.iter().filter_map(|&(id, position, _)| Some(clients.get(&id)?.sample_row(position))).collect()
+}
+
+/// How the model is to draw tokens of `rows`; none where each takes the likeliest.
+fn draws(rows: &[SampleRow<'_>]) -> Option<Vec<RowParameters>> {
+    let plain = rows.iter().all(SampleRow::is_plain);
+    (!plain).then(|| rows.iter().map(SampleRow::parameters).collect())
 }
 
 /// A step that the device has.
@@ -283,38 +294,34 @@ impl Worker {
             self.poison(&plan)?;
         }
         self.batch.fill(&plan, &self.scheduler);
-        // Where everybody wants the likeliest token and nothing else, the model chooses it.
-        let plain = self.batch.scores().is_empty()
-            && plan
-                .segments
-                .iter()
-                .filter(|segment| segment.wants_token)
-                .all(|segment| self.clients.get(&segment.id).is_some_and(|client| client.sample_row(0).is_plain()));
-        let running = self.clock.start()?;
-        if plain {
-            self.model.forward_greedy(&self.batch.step(), &mut self.cache, &mut self.workspace)?;
-        } else {
-            self.model.forward(&self.batch.step(), &mut self.cache, &mut self.workspace)?;
-        }
-        self.scheduler.commit(&plan);
-        self.score_prompts()?;
-
         let mut chosen: Vec<Chosen> = Vec::with_capacity(plan.segments.len());
-        let mut rows: Vec<SampleRow<'_>> = Vec::with_capacity(plan.segments.len());
         for segment in plan.segments.iter().filter(|segment| segment.wants_token) {
-            if let (Some(sequence), Some(client)) = (self.scheduler.sequence(segment.id), self.clients.get(&segment.id))
+            if let Some(sequence) = self.scheduler.sequence(segment.id)
+                && self.clients.contains_key(&segment.id)
             {
-                let position = sequence.tokens.len() as u32;
-                chosen.push((segment.id, position, sequence.cached_tokens));
-                rows.push(client.sample_row(position));
+                chosen.push((segment.id, sequence.tokens.len() as u32, sequence.cached_tokens));
             }
         }
-        let sampled = if rows.is_empty() {
+        // Where nobody wants more than a token, the model chooses it.
+        let rows = sample_rows(&self.clients, &chosen);
+        let by_model = self.batch.scores().is_empty() && rows.iter().all(SampleRow::is_drawn);
+        let draws = if by_model { draws(&rows) } else { None };
+        let choosing = match &draws {
+            _ if !by_model => Choosing::Caller,
+            Some(draws) => Choosing::Drawn(draws),
+            None => Choosing::Likeliest,
+        };
+        let running = self.clock.start()?;
+        self.model.forward_choosing(&self.batch.step(), choosing, &mut self.cache, &mut self.workspace)?;
+        self.scheduler.commit(&plan);
+        self.score_prompts()?;
+        let sampled = if chosen.is_empty() {
             Choice::Sampled(Vec::new())
-        } else if plain {
-            Choice::Coming(self.shared.device.begin_download(self.workspace.chosen(rows.len())?)?)
+        } else if by_model {
+            Choice::Coming(self.shared.device.begin_download(self.workspace.chosen(chosen.len())?)?)
         } else {
-            Choice::Sampled(self.sampler.sample(&self.workspace.logits(rows.len())?, &rows)?)
+            let rows = sample_rows(&self.clients, &chosen);
+            Choice::Sampled(self.sampler.sample(self.workspace.logits_and_spare(rows.len())?, &rows)?)
         };
         self.clock.given(running)?;
         Ok(Some(Flight { plan, chosen, sampled, running }))
@@ -327,15 +334,26 @@ impl Worker {
         let follows = matches!(flight.sampled, Choice::Coming(_))
             && self.goes_ahead
             && !self.poison
-            && flight.chosen.len() == flight.plan.segments.len()
-            && flight.chosen.iter().all(|(id, ..)| self.clients.get(id).is_some_and(Client::goes_on));
-        let Some(plan) = follows.then(|| self.scheduler.plan_ahead(&flight.plan)).flatten() else { return Ok(None) };
+            && flight.chosen.len() == flight.plan.segments.len();
+        if !follows {
+            return Ok(None);
+        }
+        let chosen: Vec<Chosen> =
+            flight.chosen.iter().map(|&(id, position, cached)| (id, position + 1, cached)).collect();
+        // What a row asks for must not depend on the token that nobody knows yet.
+        let row = |&(id, position, _): &Chosen| {
+            let client = self.clients.get(&id).filter(|client| client.goes_on())?;
+            Some(client.sample_row(position)).filter(SampleRow::stays_drawn)
+        };
+        let Some(rows) = chosen.iter().map(row).collect::<Option<Vec<_>>>() else { return Ok(None) };
+        let Some(plan) = self.scheduler.plan_ahead(&flight.plan) else { return Ok(None) };
         self.batch.fill(&plan, &self.scheduler);
+        let draws = draws(&rows);
+        let choosing = draws.as_deref().map_or(Choosing::Likeliest, Choosing::Drawn);
         let running = self.clock.start()?;
-        self.model.forward_greedy_ahead(&self.batch.step(), &mut self.cache, &mut self.workspace)?;
+        self.model.forward_ahead(&self.batch.step(), choosing, &mut self.cache, &mut self.workspace)?;
         let ids = self.shared.device.begin_download(self.workspace.chosen(plan.segments.len())?)?;
         self.clock.given(running)?;
-        let chosen = flight.chosen.iter().map(|&(id, position, cached)| (id, position + 1, cached)).collect();
         Ok(Some(Flight { plan, chosen, sampled: Choice::Coming(ids), running }))
     }
 

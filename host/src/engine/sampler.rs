@@ -1,10 +1,12 @@
 //! Chooses the next token of each row of logits, on the device: penalties and bias, temperature, top-k, top-p, min-p,
-//! draw. One upload per step goes down, one small copy of ids comes back.
+//! draw. One upload per step goes down, one small copy of ids comes back. Rows that need nothing but a draw are the model's
+//! own to choose ([`Choosing`](crate::model::Choosing)): what is here serves penalties and log-probabilities.
 
 use std::collections::BTreeMap;
 
 use super::Sampling;
-use crate::device::{Buffer, Device, DeviceError, MemoryKind, Slice};
+use crate::device::{Buffer, Device, DeviceError, MemoryKind, Slice, SliceMut};
+use crate::model::Logits;
 use crate::ops::{self, LogProbs, PENALTY_ENTRY, ROW_WORDS, RowParameters, SampleParams};
 
 /// A row whose next token is wanted.
@@ -26,7 +28,25 @@ impl SampleRow<'_> {
     /// Whether the likeliest token is all that is asked for.
     #[must_use]
     pub fn is_plain(&self) -> bool {
-        temperature(self.sampling) == 0.0 && self.logprobs.is_none() && !has_penalties(self)
+        temperature(self.sampling) == 0.0 && self.is_drawn()
+    }
+
+    /// Whether one token of those that the model's logits and the filters give is all that is asked for.
+    #[must_use]
+    pub fn is_drawn(&self) -> bool {
+        self.logprobs.is_none() && !has_penalties(self)
+    }
+
+    /// Whether this stays so whatever tokens come.
+    #[must_use]
+    pub fn stays_drawn(&self) -> bool {
+        self.is_drawn() && !lists_penalties(self.sampling)
+    }
+
+    /// What the kernels need to know of it.
+    #[must_use]
+    pub fn parameters(&self) -> RowParameters {
+        parameters(self)
     }
 }
 
@@ -60,10 +80,6 @@ const ENTRIES: usize = 1 << 14;
 pub struct Sampler {
     device: Device,
     vocab: usize,
-    /// Logits after penalties.
-    adjusted: Buffer<f32>,
-    /// What a GPU's draw leaves between its passes; the CPU's has one pass.
-    candidates: Option<Buffer<u64>>,
     ids: Buffer<u32>,
     /// The rows' parameters, then penalty entries: one upload for both.
     words: Buffer<u32>,
@@ -80,13 +96,10 @@ impl Sampler {
     pub fn new(device: &Device, rows: usize, vocab: usize) -> Result<Self, DeviceError> {
         let kind = MemoryKind::Activations;
         let listed = rows * MAX_TOP_LOGPROBS as usize;
-        let candidates = || device.alloc_unwritten(ops::sample_scratch_len(rows, vocab), kind, "candidates");
         Ok(Self {
             device: device.clone(),
             vocab,
-            adjusted: device.alloc_unwritten(rows * vocab, kind, "logits after penalties")?,
-            candidates: device.is_cuda().then(candidates).transpose()?,
-            ids: device.alloc_unwritten(rows, kind, "chosen tokens")?,
+            ids: device.alloc_unwritten(rows, kind, "sampled tokens")?,
             words: device.alloc_unwritten(rows * ROW_WORDS + ENTRIES * PENALTY_ENTRY, kind, "sampling parameters")?,
             top_ids: device.alloc_unwritten(listed, kind, "most likely tokens")?,
             top_values: device.alloc_unwritten(listed + rows, kind, "log-probabilities")?,
@@ -94,14 +107,35 @@ impl Sampler {
         })
     }
 
-    /// Chooses a token for each of `rows`; `logits` is \[R, V\] and stays as it is.
+    /// Chooses a token for each of `rows`; the logits \[R, V\] stay as they are. Whatever is in the spare memory is lost.
     ///
     /// # Errors
-    /// More rows than the sampler has, or the device's error.
-    pub fn sample(&mut self, logits: &Slice<'_, f32>, rows: &[SampleRow<'_>]) -> Result<Vec<Sampled>, DeviceError> {
+    /// More rows than the sampler has, less spare memory than [`ops::spare_for_choosing`] says, or the device's error.
+    pub fn sample(&mut self, logits: Logits<'_>, rows: &[SampleRow<'_>]) -> Result<Vec<Sampled>, DeviceError> {
         let count = rows.len();
+        let Logits { values, mut spare } = logits;
+        let logits = &values.as_slice();
         self.check_rows(logits, count)?;
-        self.choose(logits, rows)?;
+        let adjusted = rows.iter().any(has_penalties);
+        if !adjusted && rows.iter().all(|row| temperature(row.sampling) == 0.0) {
+            ops::argmax(&self.device, logits, &mut self.ids.slice_mut(..count)?)?;
+        } else if adjusted {
+            // As many rows at a time as there is memory to copy.
+            let at_once = self.rows_copied_at_once(spare.len(), count)?;
+            for (index, rows) in rows.chunks(at_once).enumerate() {
+                let first = index * at_once;
+                let logits = logits.slice(first * self.vocab..(first + rows.len()) * self.vocab)?;
+                let (mut copy, rest) = spare.slice_mut(..)?.split_at((rows.len() * self.vocab).next_multiple_of(4))?;
+                let mut copy = copy.slice_mut(..rows.len() * self.vocab)?;
+                self.device.copy(logits, copy.slice_mut(..)?)?;
+                let parameters = self.penalise(&mut copy, rows)?;
+                self.draw(&copy.as_slice(), rows, parameters, rest, first)?;
+            }
+        } else {
+            let words: Vec<u32> = rows.iter().flat_map(|row| parameters(row).words()).collect();
+            self.device.upload(self.words.slice_mut(..words.len())?, &words)?;
+            self.draw(logits, rows, words.len(), spare, 0)?;
+        }
         let probabilities = self.log_probs(logits, count, rows.iter().filter_map(|row| row.logprobs).max())?;
         let ids = self.device.download(self.ids.slice(..count)?)?;
         Ok(ids
@@ -143,45 +177,60 @@ impl Sampler {
         Ok(())
     }
 
-    /// Leaves the chosen ids in `self.ids`.
-    fn choose(&mut self, logits: &Slice<'_, f32>, rows: &[SampleRow<'_>]) -> Result<(), DeviceError> {
-        let (device, count) = (&self.device, rows.len());
-        let mut ids = self.ids.slice_mut(..count)?;
-        let adjusted = rows.iter().any(|row| has_penalties(row));
-        if !adjusted && rows.iter().all(|row| temperature(row.sampling) == 0.0) {
-            return ops::argmax(device, logits, &mut ids);
-        }
+    /// How many of `count` rows of logits can be copied and drawn from at a time.
+    fn rows_copied_at_once(&self, spare: usize, count: usize) -> Result<usize, DeviceError> {
+        let needed = |rows: usize| {
+            let scratch = if self.device.is_cuda() { 2 * ops::sample_scratch_len(rows, self.vocab) } else { 0 };
+            (rows * self.vocab).next_multiple_of(4) + scratch
+        };
+        (1..=count).rev().find(|&rows| needed(rows) <= spare).ok_or_else(|| {
+            DeviceError::InvalidParameter(format!("{spare} f32 beside the logits; penalties take {}", needed(1)))
+        })
+    }
 
+    /// Applies the penalties and biases of `rows` to their logits. Leaves the rows' parameters in `self.words`, and says how
+    /// many words they are.
+    fn penalise(&mut self, logits: &mut SliceMut<'_, f32>, rows: &[SampleRow<'_>]) -> Result<usize, DeviceError> {
+        let device = &self.device;
         let mut words: Vec<u32> = rows.iter().flat_map(|row| parameters(row).words()).collect();
         let parameters_end = words.len();
-        let entries = if adjusted { penalty_entries(rows) } else { Vec::new() };
+        let entries = penalty_entries(rows);
         let (first, more) = entries.split_at(entries.len().min(ENTRIES));
         words.extend(first.iter().flat_map(PenaltyEntry::words));
         device.upload(self.words.slice_mut(..words.len())?, &words)?;
-        if adjusted {
-            let mut target = self.adjusted.slice_mut(..count * self.vocab)?;
-            device.copy(*logits, target.slice_mut(..)?)?;
-            let mut apply = |words: &Buffer<u32>, end: usize| {
-                ops::penalties(device, &mut target, &words.slice(parameters_end..end)?, &words.slice(..parameters_end)?)
-            };
-            apply(&self.words, words.len())?;
-            for entries in more.chunks(ENTRIES) {
-                let words: Vec<u32> = entries.iter().flat_map(PenaltyEntry::words).collect();
-                let end = parameters_end + words.len();
-                device.upload(self.words.slice_mut(parameters_end..end)?, &words)?;
-                apply(&self.words, end)?;
-            }
+        let mut apply = |words: &Buffer<u32>, end: usize| {
+            ops::penalties(device, logits, &words.slice(parameters_end..end)?, &words.slice(..parameters_end)?)
+        };
+        apply(&self.words, words.len())?;
+        for entries in more.chunks(ENTRIES) {
+            let words: Vec<u32> = entries.iter().flat_map(PenaltyEntry::words).collect();
+            let end = parameters_end + words.len();
+            device.upload(self.words.slice_mut(parameters_end..end)?, &words)?;
+            apply(&self.words, end)?;
         }
-        let logits = if adjusted { self.adjusted.slice(..count * self.vocab)? } else { *logits };
+        Ok(parameters_end)
+    }
+
+    /// Draws tokens of `rows`, whose parameters are the first `parameters_end` of `self.words`, into `self.ids` from `first` on.
+    fn draw(
+        &mut self,
+        logits: &Slice<'_, f32>,
+        rows: &[SampleRow<'_>],
+        parameters_end: usize,
+        spare: SliceMut<'_, f32>,
+        first: usize,
+    ) -> Result<(), DeviceError> {
+        let scratch = if self.device.is_cuda() {
+            Some(spare.cast()?.into_slice(..ops::sample_scratch_len(rows.len(), self.vocab))?)
+        } else {
+            None
+        };
         let params = SampleParams {
             rows: self.words.slice(..parameters_end)?,
             whole_mass: rows.iter().any(|row| parameters(row).needs_whole_mass()),
-            scratch: match &mut self.candidates {
-                Some(candidates) => Some(candidates.slice_mut(..ops::sample_scratch_len(count, self.vocab))?),
-                None => None,
-            },
+            scratch,
         };
-        ops::sample(device, &logits, params, &mut ids)
+        ops::sample(&self.device, logits, params, &mut self.ids.slice_mut(first..first + rows.len())?)
     }
 
     /// Of the `count` tokens in `self.ids`, and of the `most` most likely ones of each row; of none where that is none.
@@ -224,9 +273,13 @@ fn temperature(sampling: &Sampling) -> f32 {
     if sampling.temperature < LEAST_TEMPERATURE { 0.0 } else { sampling.temperature }
 }
 
+fn lists_penalties(sampling: &Sampling) -> bool {
+    let Sampling { repetition_penalty, frequency_penalty, presence_penalty, .. } = *sampling;
+    repetition_penalty != 1.0 || frequency_penalty != 0.0 || presence_penalty != 0.0
+}
+
 fn is_penalised(row: &SampleRow<'_>) -> bool {
-    let Sampling { repetition_penalty, frequency_penalty, presence_penalty, .. } = *row.sampling;
-    (repetition_penalty != 1.0 || frequency_penalty != 0.0 || presence_penalty != 0.0) && !row.counts.is_empty()
+    lists_penalties(row.sampling) && !row.counts.is_empty()
 }
 
 fn has_penalties(row: &SampleRow<'_>) -> bool {
@@ -297,7 +350,7 @@ mod tests {
         const { assert!(ROWS * VOCAB > ENTRIES) };
         let device = Device::cpu(CpuOptions::default()).unwrap();
         let mut sampler = Sampler::new(&device, ROWS, VOCAB).unwrap();
-        let logits = device.alloc_from(&[0.5; ROWS * VOCAB], MemoryKind::Other, "logits").unwrap();
+        let mut logits = device.alloc_from(&[0.5; ROWS * VOCAB], MemoryKind::Other, "logits").unwrap();
         let wanted = |row: usize| (row * 47 + 13) as u32;
         let samplings: Vec<Sampling> = (0..ROWS)
             .map(|row| {
@@ -310,9 +363,41 @@ mod tests {
             .iter()
             .map(|sampling| SampleRow { sampling, counts: &counts, banned: &[], position: 1, logprobs: None })
             .collect();
-        let sampled = sampler.sample(&logits.as_slice(), &rows).unwrap();
-        let ids: Vec<_> = sampled.into_iter().map(|sampled| sampled.id).collect();
-        assert_eq!(ids, (0..ROWS).map(|row| Some(wanted(row))).collect::<Vec<_>>());
+        // All rows at once, three at a time and the last two, one at a time.
+        for room in [ROWS * VOCAB, 3 * VOCAB + 7, VOCAB] {
+            let mut spare = device.alloc_from(&vec![f32::NAN; room], MemoryKind::Other, "spare").unwrap();
+            let asked = Logits { values: logits.as_slice_mut(), spare: spare.as_slice_mut() };
+            let sampled = sampler.sample(asked, &rows).unwrap();
+            let ids: Vec<_> = sampled.into_iter().map(|sampled| sampled.id).collect();
+            assert_eq!(ids, (0..ROWS).map(|row| Some(wanted(row))).collect::<Vec<_>>());
+            assert_eq!(device.download(&logits).unwrap(), [0.5; ROWS * VOCAB], "the logits stay as they are");
+        }
+        let mut spare = device.alloc::<f32>(VOCAB - 1, MemoryKind::Other, "too little").unwrap();
+        let asked = Logits { values: logits.as_slice_mut(), spare: spare.as_slice_mut() };
+        assert!(sampler.sample(asked, &rows).is_err());
+    }
+
+    #[test]
+    fn a_row_with_penalties_is_drawn_until_there_are_tokens_and_does_not_stay_so() {
+        let (none, some): (_, BTreeMap<u32, u32>) = (BTreeMap::new(), [(3, 1)].into());
+        let says = |sampling: Sampling, counts: &BTreeMap<u32, u32>, banned: &[u32], logprobs| {
+            let row = SampleRow { sampling: &sampling, counts, banned, position: 1, logprobs };
+            [row.is_plain(), row.is_drawn(), row.stays_drawn()]
+        };
+        let greedy = Sampling { temperature: 0.0, ..Sampling::default() };
+        let drawn = Sampling { temperature: 0.8, top_p: 0.95, top_k: 50, ..Sampling::default() };
+        let penalised = Sampling { presence_penalty: 0.5, ..greedy.clone() };
+        assert_eq!(says(greedy.clone(), &some, &[], None), [true, true, true]);
+        assert_eq!(says(drawn.clone(), &some, &[], None), [false, true, true]);
+        assert_eq!(says(drawn.clone(), &some, &[], Some(0)), [false; 3]);
+        assert_eq!(says(drawn.clone(), &some, &[7], None), [false; 3]);
+        assert_eq!(says(Sampling { logit_bias: vec![(1, 1.0)], ..drawn }, &none, &[], None), [false; 3]);
+        assert_eq!(says(penalised.clone(), &none, &[], None), [true, true, false]);
+        assert_eq!(says(penalised, &some, &[], None), [false; 3]);
+        let repeating = Sampling { repetition_penalty: 1.1, ..greedy.clone() };
+        let frequent = Sampling { frequency_penalty: 0.1, ..greedy };
+        assert_eq!(says(repeating, &none, &[], None), [true, true, false]);
+        assert_eq!(says(frequent, &none, &[], None), [true, true, false]);
     }
 
     #[test]

@@ -2,12 +2,14 @@
 //! contexts and then started as a whole; for few rows its layers are fused. None of this changes a bit.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::transformer::{Model, Step, Workspace};
+use super::arena::LayerValues;
+use super::transformer::{Choosing, DRAW_ALIGN, Model, Step, Workspace};
 use super::{KvCache, ModelConfig};
 use crate::device::{Device, DeviceError, Recording};
-use crate::ops::{self, DecodeScratch, FEW, HeadShape, NO_ROW, Norm, PAGE, PagesMut, Places};
+use crate::ops::{self, DecodeScratch, FEW, HeadShape, NO_ROW, Norm, PAGE, PagesMut, Places, ROW_WORDS, RowParameters};
 
 /// A way of computing a decode step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +58,21 @@ pub(super) enum Wanted {
     Logits,
     /// The likeliest token of each row.
     Tokens,
+    /// A drawn token of each row.
+    Draws {
+        /// For some row the mass of the whole vocabulary is needed.
+        whole_mass: bool,
+    },
+}
+
+impl Wanted {
+    fn of(choosing: Choosing<'_>) -> Self {
+        match choosing {
+            Choosing::Caller => Self::Logits,
+            Choosing::Likeliest => Self::Tokens,
+            Choosing::Drawn(_) => Self::Draws { whole_mass: choosing.needs_whole_mass() },
+        }
+    }
 }
 
 /// Where a step's tokens come from.
@@ -79,6 +96,32 @@ struct Bucket {
     /// The cache's memory: a recording has its addresses in it.
     cache: u64,
 }
+
+impl Bucket {
+    /// Where the page tables start among the step's indices: behind its tokens, positions and row tables, and its draws.
+    fn page_tables(&self) -> usize {
+        if matches!(self.wanted, Wanted::Draws { .. }) { self.draws().end } else { 3 * self.rows }
+    }
+
+    /// Where the records of draws are.
+    fn draws(&self) -> Range<usize> {
+        let start = (3 * self.rows).next_multiple_of(DRAW_ALIGN);
+        start..start + self.rows * ROW_WORDS
+    }
+}
+
+/// What a row that fills up a bucket draws: the likeliest of what is there, which is least work.
+const PADDING_DRAW: RowParameters = RowParameters {
+    seed: 0,
+    position: 0,
+    top_k: 1,
+    temperature: 0.0,
+    top_p: 1.0,
+    min_p: 0.0,
+    repetition: 1.0,
+    frequency: 0.0,
+    presence: 0.0,
+};
 
 /// The recordings of a workspace, the most recently used last.
 #[derive(Debug, Default)]
@@ -125,7 +168,7 @@ impl Model {
         let most_spans = self.context_tokens().div_ceil(PAGE);
         let spans = longest.div_ceil(PAGE).next_power_of_two().clamp(4, most_spans.max(4));
         let rows = bucket_rows(count).min(limits.decode_rows).min(limits.logits_rows);
-        let fits = rows >= count && ops::partials_len(self.heads(), rows, spans) <= workspace.partials.len();
+        let fits = rows >= count && ops::partials_len(self.heads(), rows, spans) <= workspace.arena.scratch_len();
         fits.then(|| Bucket { rows, way, spans, wanted, cache: cache.identity() })
     }
 
@@ -144,18 +187,23 @@ impl Model {
     pub(super) fn decode(
         &self,
         step: &Step<'_>,
+        choosing: Choosing<'_>,
         cache: &mut KvCache,
         workspace: &mut Workspace,
-        wanted: Wanted,
         tokens: Tokens,
     ) -> Result<bool, DeviceError> {
-        let Some(bucket) = self.bucket(step, cache, workspace, wanted) else { return Ok(false) };
+        let Some(bucket) = self.bucket(step, cache, workspace, Wanted::of(choosing)) else { return Ok(false) };
         let padding = bucket.rows - step.tokens.len();
         let staging = &mut workspace.staging;
         staging.clear();
         for (part, pad) in [(step.tokens, 0), (step.positions, NO_ROW), (step.row_tables, 0)] {
             staging.extend_from_slice(part);
             staging.extend(std::iter::repeat_n(pad, padding));
+        }
+        if let Choosing::Drawn(draws) = choosing {
+            staging.resize(bucket.draws().start, 0);
+            let padding = std::iter::repeat_n(&PADDING_DRAW, padding);
+            staging.extend(draws.iter().chain(padding).flat_map(|draw| draw.words()));
         }
         staging.extend_from_slice(step.page_tables);
         self.device().upload(workspace.indices.slice_mut(..staging.len())?, staging)?;
@@ -178,12 +226,13 @@ impl Model {
         let places = Places {
             positions: workspace.indices.slice(rows..2 * rows)?,
             row_tables: workspace.indices.slice(2 * rows..3 * rows)?,
-            page_tables: workspace.indices.slice(3 * rows..)?,
+            page_tables: workspace.indices.slice(bucket.page_tables()..)?,
         };
         let mut residual = workspace.residual.slice_mut(..rows * config.hidden)?;
         let mut qkv = workspace.qkv.slice_mut(..rows * heads.qkv_width())?;
         let mut attended = workspace.attended.slice_mut(..rows * heads.query_width())?;
-        let mut gated = workspace.gated.slice_mut(..rows * config.ffn)?;
+        let LayerValues { gated, mut scratch, .. } = workspace.arena.layers()?;
+        let mut gated = gated.into_slice(..rows * config.ffn)?;
         let eps = config.rms_norm_eps;
         let rope_table = self.rope_table.as_slice();
 
@@ -216,10 +265,7 @@ impl Model {
                 &places.positions,
                 &places.row_tables,
                 &places.page_tables,
-                &mut DecodeScratch {
-                    partials: workspace.partials.as_slice_mut(),
-                    counters: workspace.counters.as_slice_mut(),
-                },
+                &mut DecodeScratch { partials: scratch.slice_mut(..)?, counters: workspace.counters.as_slice_mut() },
                 &mut attended,
                 heads,
                 spans * PAGE,
@@ -237,16 +283,24 @@ impl Model {
             let ahead = next.map(|next| &next.output);
             ops::few_residual(device, &gated.as_slice(), &layer.down, ahead, &mut residual)?;
         }
-        let wanted = if bucket.wanted == Wanted::Logits { rows * config.vocab } else { 0 };
+        let wanted = if bucket.wanted == Wanted::Tokens { 0 } else { rows * config.vocab };
         ops::few_logits(
             device,
             &residual.as_slice(),
             Norm { gain: self.parameters.final_norm.as_slice(), eps },
             self.head(),
-            &mut workspace.logits.slice_mut(..wanted)?,
+            &mut workspace.arena.logits(wanted)?.values,
             &mut workspace.best.as_slice_mut(),
             &mut workspace.chosen.slice_mut(..rows)?,
-        )
+        )?;
+        self.draw_bucket(bucket, workspace)
+    }
+
+    /// Draws tokens from logits, where that is wanted.
+    fn draw_bucket(&self, bucket: Bucket, workspace: &mut Workspace) -> Result<(), DeviceError> {
+        let Wanted::Draws { whole_mass } = bucket.wanted else { return Ok(()) };
+        let draws = workspace.indices.slice(bucket.draws())?;
+        self.draw(&mut workspace.arena, bucket.rows, draws, whole_mass, &mut workspace.chosen)
     }
 
     /// The launches of a step of more rows: linear layers as operations of their own.
@@ -257,15 +311,15 @@ impl Model {
         let places = Places {
             positions: workspace.indices.slice(rows..2 * rows)?,
             row_tables: workspace.indices.slice(2 * rows..3 * rows)?,
-            page_tables: workspace.indices.slice(3 * rows..)?,
+            page_tables: workspace.indices.slice(bucket.page_tables()..)?,
         };
         let mut residual = workspace.residual.slice_mut(..rows * config.hidden)?;
         let mut normed = workspace.normed.slice_mut(..rows * config.hidden)?;
         let mut qkv = workspace.qkv.slice_mut(..rows * heads.qkv_width())?;
         let mut attended = workspace.attended.slice_mut(..rows * heads.query_width())?;
-        let mut parts = workspace.parts.as_slice_mut();
-        let mut gate_up = workspace.gate_up.slice_mut(..rows * 2 * config.ffn)?;
-        let mut gated = workspace.gated.slice_mut(..rows * config.ffn)?;
+        let LayerValues { gate_up, gated, mut scratch } = workspace.arena.layers()?;
+        let mut gate_up = gate_up.into_slice(..rows * 2 * config.ffn)?;
+        let mut gated = gated.into_slice(..rows * config.ffn)?;
         let mut head_normed = workspace.head_normed.slice_mut(..rows * config.hidden)?;
         let eps = config.rms_norm_eps;
         let rope_table = self.rope_table.as_slice();
@@ -286,32 +340,29 @@ impl Model {
                 &places.positions,
                 &places.row_tables,
                 &places.page_tables,
-                &mut DecodeScratch {
-                    partials: workspace.partials.as_slice_mut(),
-                    counters: workspace.counters.as_slice_mut(),
-                },
+                &mut DecodeScratch { partials: scratch.slice_mut(..)?, counters: workspace.counters.as_slice_mut() },
                 &mut attended,
                 heads,
                 spans * PAGE,
             )?;
-            let output = ops::linear_to_residual(device, &attended.as_slice(), &layer.output, &mut parts)?;
+            let output = ops::linear_to_residual(device, &attended.as_slice(), &layer.output, &mut scratch)?;
             let gain = layer.post_norm.as_slice();
             ops::residual_norm(device, &mut residual, &output, &gain, &mut normed, eps)?;
             ops::linear(device, &normed.as_slice(), &layer.gate_up, &mut gate_up)?;
             ops::silu_mul(device, &gate_up.as_slice(), &mut gated, config.ffn)?;
-            let down = ops::linear_to_residual(device, &gated.as_slice(), &layer.down, &mut parts)?;
+            let down = ops::linear_to_residual(device, &gated.as_slice(), &layer.down, &mut scratch)?;
             let (gain, out) = match self.parameters.layers.get(index + 1) {
                 Some(next) => (&next.input_norm, &mut normed),
                 None => (&self.parameters.final_norm, &mut head_normed),
             };
             ops::residual_norm(device, &mut residual, &down, &gain.as_slice(), out, eps)?;
         }
-        let mut logits = workspace.logits.slice_mut(..rows * config.vocab)?;
+        let mut logits = workspace.arena.logits(rows * config.vocab)?.values;
         ops::linear(device, &head_normed.as_slice(), self.head(), &mut logits)?;
         if bucket.wanted == Wanted::Tokens {
             ops::argmax(device, &logits.as_slice(), &mut workspace.chosen.slice_mut(..rows)?)?;
         }
-        Ok(())
+        self.draw_bucket(bucket, workspace)
     }
 }
 

@@ -4,6 +4,7 @@
 //! [`architecture::weights`] says which tensor is which and checks every name, dtype and shape before anything is uploaded.
 
 pub mod architecture;
+mod arena;
 mod checkpoint;
 mod choose;
 mod config;
@@ -17,6 +18,7 @@ mod test_folder;
 mod transformer;
 
 pub use architecture::{LayerWeights, Weight, Weights};
+pub use arena::Logits;
 pub use checkpoint::{Checkpoint, TensorView};
 pub use choose::MOST_HEAD_ROWS;
 pub use config::{Architecture, HEAD_WIDTHS, MAX_HEAD_RATIO, ModelConfig, WIDTH_MULTIPLE};
@@ -25,4 +27,4 @@ pub use error::ModelError;
 pub use kv_cache::KvCache;
 pub use load::LoadError;
 pub use rope::{Rope, RopeScaling, RopeTable};
-pub use transformer::{LinearLayer, Model, Prefill, Step, StepLimits, Workspace};
+pub use transformer::{Choosing, LinearLayer, Model, Prefill, Step, StepLimits, Workspace};

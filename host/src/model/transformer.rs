@@ -8,11 +8,15 @@ use std::path::Path;
 
 use half::bf16;
 
-use super::decode::{Recordings, Tokens, Wanted, Ways};
+use super::arena::{Arena, ArenaSizes, LayerValues, Logits};
+use super::decode::{Recordings, Tokens, Ways};
 use super::load::{self, LoadError, Parameters};
 use super::{Checkpoint, KvCache, ModelConfig};
 use crate::device::{Buffer, Device, DeviceError, MemoryKind, Slice, Weight, contract};
-use crate::ops::{self, DecodeScratch, HeadShape, PAGE, PagesMut, Places, PrefillTiles, Segment};
+use crate::ops::{
+    self, DecodeScratch, HeadShape, PAGE, PagesMut, Places, PrefillTiles, ROW_WORDS, RowParameters, SampleParams,
+    Segment,
+};
 
 /// A model on a device.
 #[derive(Debug)]
@@ -90,6 +94,24 @@ pub struct Step<'a> {
     pub logits_rows: &'a [u32],
 }
 
+/// Who chooses the tokens of the rows with logits.
+#[derive(Clone, Copy, Debug)]
+pub enum Choosing<'a> {
+    /// Whoever asked for the step: it leaves logits.
+    Caller,
+    /// The step takes the likeliest token of each row. Where that is faster it writes no logits.
+    Likeliest,
+    /// The step draws a token of each row, from what the model said of it and these, one for each row.
+    Drawn(&'a [RowParameters]),
+}
+
+impl Choosing<'_> {
+    /// Whether some row is to be drawn by top-p from the whole vocabulary.
+    pub(super) fn needs_whole_mass(&self) -> bool {
+        matches!(self, Self::Drawn(draws) if draws.iter().any(RowParameters::needs_whole_mass))
+    }
+}
+
 /// How large a step may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StepLimits {
@@ -107,27 +129,24 @@ pub struct StepLimits {
 #[derive(Debug)]
 pub struct Workspace {
     limits: StepLimits,
-    /// Tokens, positions, row tables, logits rows, page tables and prefill tiles of a step: one upload.
+    vocab: usize,
+    /// Tokens, positions, row tables, logits rows, page tables, prefill tiles and draws of a step: one upload.
     pub(super) indices: Buffer<u32>,
     pub(super) staging: Vec<u32>,
     pub(super) residual: Buffer<f32>,
     pub(super) normed: Buffer<bf16>,
     pub(super) qkv: Buffer<f32>,
-    pub(super) partials: Buffer<f32>,
     pub(super) counters: Buffer<u32>,
     pub(super) attended: Buffer<bf16>,
-    /// A layer's output in as many parts as the contract has segments.
-    pub(super) parts: Buffer<f32>,
-    pub(super) gate_up: Buffer<bf16>,
-    pub(super) gated: Buffer<bf16>,
+    /// Gate and up, gated, attention partials, parts of a layer's output; then logits.
+    pub(super) arena: Arena,
     /// Rows that a feed-forward layer takes at once.
     feed_rows: usize,
     head_rows: Buffer<f32>,
     pub(super) head_normed: Buffer<bf16>,
-    pub(super) logits: Buffer<f32>,
     /// The best token that each block of the head found.
     pub(super) best: Buffer<u64>,
-    /// The likeliest tokens of the rows with logits.
+    /// The tokens chosen by the step, of the rows with logits.
     pub(super) chosen: Buffer<u32>,
     pub(super) recordings: Recordings,
 }
@@ -229,7 +248,8 @@ impl Model {
         let partials = |rows| ops::partials_len(heads, rows, spans);
         let bounded_partials = partials(limits.decode_rows).min(PARTIALS.max(partials(1)));
         let tiles = PrefillTiles::max_numbers(limits.rows);
-        let indices = 3 * limits.rows + limits.logits_rows + limits.table_entries + tiles;
+        let draws = limits.logits_rows * ROW_WORDS + DRAW_ALIGN;
+        let indices = 3 * limits.rows + limits.logits_rows + limits.table_entries + tiles + draws;
         let counters = ops::counters_len(heads, limits.decode_rows.max(1));
         let segments = |k| contract::segments(config.hidden, k);
         let feed_rows = limits.rows.min(FEED_ROWS.max(limits.decode_rows));
@@ -238,23 +258,29 @@ impl Model {
         let operand = |len: usize, label: &str| device.alloc_unwritten::<bf16>(len, MemoryKind::Activations, label);
         Ok(Workspace {
             limits,
+            vocab: config.vocab,
             indices: device.alloc_unwritten(indices, MemoryKind::Activations, "step indices")?,
             staging: Vec::with_capacity(indices),
             residual: activation(limits.rows * config.hidden, "residual stream")?,
             normed: operand(limits.rows * config.hidden, "normalised rows")?,
             qkv: activation(limits.rows * heads.qkv_width(), "queries, keys and values")?,
-            partials: activation(bounded_partials, "attention partials")?,
             counters: device.alloc(counters, MemoryKind::Activations, "attention counters")?,
             attended: operand(limits.rows * heads.query_width(), "attention output")?,
-            parts: activation(part_rows * config.hidden, "parts of a layer's output")?,
-            gate_up: operand(feed_rows * 2 * config.ffn, "gate and up")?,
-            gated: operand(feed_rows * config.ffn, "gated")?,
+            arena: Arena::new(
+                device,
+                ArenaSizes {
+                    gate_up: feed_rows * 2 * config.ffn,
+                    gated: feed_rows * config.ffn,
+                    scratch: bounded_partials.max(part_rows * config.hidden),
+                    logits: limits.logits_rows * config.vocab,
+                    spare: ops::spare_for_choosing(device, limits.logits_rows, config.vocab),
+                },
+            )?,
             feed_rows: FEED_ROWS,
             head_rows: activation(limits.logits_rows * config.hidden, "rows with logits")?,
             head_normed: operand(limits.logits_rows * config.hidden, "normalised rows with logits")?,
-            logits: activation(limits.logits_rows * config.vocab, "logits")?,
             best: device.alloc_unwritten(ops::best_len(device), MemoryKind::Activations, "best tokens")?,
-            chosen: device.alloc_unwritten(limits.logits_rows, MemoryKind::Activations, "likeliest tokens")?,
+            chosen: device.alloc_unwritten(limits.logits_rows, MemoryKind::Activations, "chosen tokens")?,
             recordings: Recordings::default(),
         })
     }
@@ -269,45 +295,43 @@ impl Model {
     /// # Errors
     /// A step beyond the workspace's limits or the vocabulary, or the device's error.
     pub fn forward(&self, step: &Step<'_>, cache: &mut KvCache, workspace: &mut Workspace) -> Result<(), DeviceError> {
-        self.check(step, cache, workspace)?;
-        if self.decode(step, cache, workspace, Wanted::Logits, Tokens::Given)? {
-            return Ok(());
-        }
-        self.compute(step, cache, workspace, Tokens::Given)
+        self.forward_choosing(step, Choosing::Caller, cache, workspace)
     }
 
-    /// As [`Self::forward`], but leaves the likeliest token of each of the rows in [`Workspace::chosen`]: the first of the
-    /// one order, or `u32::MAX` where no logit is finite. Where that is faster no logits are written.
+    /// As [`Self::forward`], but unless the caller chooses, it leaves a token of each of the rows in [`Workspace::chosen`]:
+    /// `u32::MAX` where no logit is finite.
     ///
     /// # Errors
-    /// As for `forward`.
-    pub fn forward_greedy(
+    /// As for `forward`; draws that are not as many as the rows.
+    pub fn forward_choosing(
         &self,
         step: &Step<'_>,
+        choosing: Choosing<'_>,
         cache: &mut KvCache,
         workspace: &mut Workspace,
     ) -> Result<(), DeviceError> {
-        self.greedy(step, cache, workspace, Tokens::Given)
+        self.any(step, choosing, cache, workspace, Tokens::Given)
     }
 
-    /// As [`Self::forward_greedy`], for a step whose tokens are those that the call before has chosen, row by row, whatever
+    /// As [`Self::forward_choosing`], for a step whose tokens are those that the call before has chosen, row by row, whatever
     /// `step.tokens` says: so it can be given to the device before the host knows them.
     ///
     /// # Errors
-    /// As for `forward`.
-    pub fn forward_greedy_ahead(
+    /// As for `forward_choosing`.
+    pub fn forward_ahead(
         &self,
         step: &Step<'_>,
+        choosing: Choosing<'_>,
         cache: &mut KvCache,
         workspace: &mut Workspace,
     ) -> Result<(), DeviceError> {
-        self.greedy(step, cache, workspace, Tokens::Chosen)
+        self.any(step, choosing, cache, workspace, Tokens::Chosen)
     }
 
     /// As [`Self::forward`], by separate operations alone: what every other way of computing a step is compared with.
     ///
     /// # Errors
-    /// As for `forward`.
+    /// As for `forward_choosing`.
     pub fn forward_plain(
         &self,
         step: &Step<'_>,
@@ -315,33 +339,55 @@ impl Model {
         workspace: &mut Workspace,
     ) -> Result<(), DeviceError> {
         self.check(step, cache, workspace)?;
-        self.compute(step, cache, workspace, Tokens::Given)
+        self.compute(step, Choosing::Caller, cache, workspace, Tokens::Given)
     }
 
-    fn greedy(
+    fn any(
         &self,
         step: &Step<'_>,
+        choosing: Choosing<'_>,
         cache: &mut KvCache,
         workspace: &mut Workspace,
         tokens: Tokens,
     ) -> Result<(), DeviceError> {
         self.check(step, cache, workspace)?;
-        if self.decode(step, cache, workspace, Wanted::Tokens, tokens)? {
+        if let Choosing::Drawn(draws) = choosing
+            && draws.len() != step.logits_rows.len()
+        {
+            let (draws, rows) = (draws.len(), step.logits_rows.len());
+            return Err(DeviceError::InvalidParameter(format!("{draws} draws for {rows} rows with logits")));
+        }
+        if self.decode(step, choosing, cache, workspace, tokens)? {
             return Ok(());
         }
-        self.compute(step, cache, workspace, tokens)?;
-        let rows = step.logits_rows.len();
-        if rows == 0 {
-            return Ok(());
-        }
-        let logits = workspace.logits.slice(..rows * self.config.vocab)?;
-        ops::argmax(&self.device, &logits, &mut workspace.chosen.slice_mut(..rows)?)
+        self.compute(step, choosing, cache, workspace, tokens)
+    }
+
+    /// Leaves a token of each of `rows` rows, whose logits are there, in `chosen`; `draws` are their records.
+    pub(super) fn draw(
+        &self,
+        arena: &mut Arena,
+        rows: usize,
+        draws: Slice<'_, u32>,
+        whole_mass: bool,
+        chosen: &mut Buffer<u32>,
+    ) -> Result<(), DeviceError> {
+        let (device, vocab) = (&self.device, self.config.vocab);
+        let Logits { values, spare } = arena.logits(rows * vocab)?;
+        let scratch = if device.is_cuda() {
+            Some(spare.cast()?.into_slice(..ops::sample_scratch_len(rows, vocab))?)
+        } else {
+            None
+        };
+        let params = SampleParams { rows: draws, whole_mass, scratch };
+        ops::sample(device, &values.as_slice(), params, &mut chosen.slice_mut(..rows)?)
     }
 
     /// Any step.
     fn compute(
         &self,
         step: &Step<'_>,
+        choosing: Choosing<'_>,
         cache: &mut KvCache,
         workspace: &mut Workspace,
         tokens: Tokens,
@@ -357,22 +403,14 @@ impl Model {
         {
             workspace.staging.extend_from_slice(part);
         }
+        let draws_start = workspace.staging.len().next_multiple_of(DRAW_ALIGN);
+        if let Choosing::Drawn(draws) = choosing {
+            workspace.staging.resize(draws_start, 0);
+            workspace.staging.extend(draws.iter().flat_map(|draw| draw.words()));
+        }
         device.upload(workspace.indices.slice_mut(..workspace.staging.len())?, &workspace.staging)?;
         workspace.take_tokens(device, tokens, rows)?;
-        let Workspace {
-            indices,
-            residual,
-            normed,
-            qkv,
-            partials,
-            counters,
-            attended,
-            parts,
-            gate_up,
-            gated,
-            feed_rows,
-            ..
-        } = workspace;
+        let Workspace { indices, residual, normed, qkv, counters, attended, arena, feed_rows, .. } = workspace;
         let tokens = indices.slice(..rows)?;
         let tables_end = 3 * rows + step.page_tables.len();
         let places = Places {
@@ -387,8 +425,8 @@ impl Model {
         let mut normed = normed.slice_mut(..rows * hidden)?;
         let mut qkv = qkv.slice_mut(..rows * heads.qkv_width())?;
         let mut attended = attended.slice_mut(..rows * heads.query_width())?;
-        let mut parts = parts.as_slice_mut();
-        let groups = decode_groups(&step.positions[..step.decode_rows], heads, partials.len());
+        let LayerValues { mut gate_up, mut gated, mut scratch } = arena.layers()?;
+        let groups = decode_groups(&step.positions[..step.decode_rows], heads, scratch.len());
 
         let table = self.parameters.embedding.rows()?.as_slice();
         ops::embedding(device, &tokens, &table, &mut residual, hidden)?;
@@ -410,7 +448,7 @@ impl Model {
                     &places.positions.slice(rows.clone())?,
                     &places.row_tables.slice(rows.clone())?,
                     &places.page_tables,
-                    &mut DecodeScratch { partials: partials.as_slice_mut(), counters: counters.as_slice_mut() },
+                    &mut DecodeScratch { partials: scratch.slice_mut(..)?, counters: counters.as_slice_mut() },
                     &mut attended.slice_mut(rows.start * heads.query_width()..rows.end * heads.query_width())?,
                     heads,
                     *longest,
@@ -428,7 +466,7 @@ impl Model {
                     heads,
                 )?;
             }
-            let output = ops::linear_to_residual(device, &attended.as_slice(), &layer.output, &mut parts)?;
+            let output = ops::linear_to_residual(device, &attended.as_slice(), &layer.output, &mut scratch)?;
             let gain = layer.post_norm.as_slice();
             ops::residual_norm(device, &mut residual, &output, &gain, &mut normed, eps)?;
             for part in feed_parts(rows, *feed_rows) {
@@ -438,7 +476,7 @@ impl Model {
                 let (mut residual, mut normed) = (residual.slice_mut(start..end)?, normed.slice_mut(start..end)?);
                 ops::linear(device, &normed.as_slice(), &layer.gate_up, &mut gate_up)?;
                 ops::silu_mul(device, &gate_up.as_slice(), &mut gated, config.ffn)?;
-                let down = ops::linear_to_residual(device, &gated.as_slice(), &layer.down, &mut parts)?;
+                let down = ops::linear_to_residual(device, &gated.as_slice(), &layer.down, &mut scratch)?;
                 if let Some(next) = self.parameters.layers.get(index + 1) {
                     let gain = next.input_norm.as_slice();
                     ops::residual_norm(device, &mut residual, &down, &gain, &mut normed, eps)?;
@@ -454,11 +492,22 @@ impl Model {
             let chosen = workspace.indices.slice(tables_end..tables_end + wanted)?;
             let mut rows = workspace.head_rows.slice_mut(..wanted * hidden)?;
             let mut normed = workspace.head_normed.slice_mut(..wanted * hidden)?;
-            let mut logits = workspace.logits.slice_mut(..wanted * config.vocab)?;
+            let mut logits = workspace.arena.logits(wanted * config.vocab)?.values;
             ops::gather_rows(device, &residual.as_slice(), &chosen, &mut rows, hidden)?;
             let final_norm = self.parameters.final_norm.as_slice();
             ops::rms_norm(device, &rows.as_slice(), &final_norm, &mut normed, eps)?;
             ops::linear(device, &normed.as_slice(), self.head(), &mut logits)?;
+            match choosing {
+                Choosing::Caller => {}
+                Choosing::Likeliest => {
+                    ops::argmax(device, &logits.as_slice(), &mut workspace.chosen.slice_mut(..wanted)?)?;
+                }
+                Choosing::Drawn(_) => {
+                    let draws = workspace.indices.slice(draws_start..draws_start + wanted * ROW_WORDS)?;
+                    let whole_mass = choosing.needs_whole_mass();
+                    self.draw(&mut workspace.arena, wanted, draws, whole_mass, &mut workspace.chosen)?;
+                }
+            }
         }
         Ok(())
     }
@@ -510,7 +559,7 @@ const PARTIALS: usize = 1 << 24;
 /// 3 times the feed-forward width in bf16, which parts of about 1024 rows keep in a GPU's second-level cache, at the price of
 /// products whose tiles fill a GPU less well. `cargo test --test kernels -- --ignored --nocapture prefill::speed` measures
 /// both. At least the longest prefill of a step: not cut. It changes no bit.
-const FEED_ROWS: usize = 2048;
+const FEED_ROWS: usize = 4096;
 
 /// Rows of a tile of a large product: parts are whole tiles.
 const TILE_ROWS: usize = 128;
@@ -521,6 +570,8 @@ fn feed_parts(rows: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
     let part = rows.div_ceil(rows.div_ceil(most.max(1)).max(1)).next_multiple_of(granule).max(1);
     (0..rows).step_by(part).map(move |start| start..rows.min(start + part))
 }
+/// The records of draws start at multiples of so many words, 16 bytes.
+pub(super) const DRAW_ALIGN: usize = 4;
 
 /// Single-token rows whose attention is computed at once.
 #[derive(Debug, PartialEq, Eq)]
@@ -571,29 +622,27 @@ impl Workspace {
             residual,
             normed,
             qkv,
-            partials,
             attended,
-            parts,
-            gate_up,
-            gated,
+            arena,
             head_rows,
             head_normed,
-            logits,
             best,
             chosen,
             // Uploaded for each step, or left as they were found, or no values.
             limits: _,
+            vocab: _,
             feed_rows: _,
             indices: _,
             staging: _,
             recordings: _,
             counters: _,
         } = self;
-        for buffer in [residual, qkv, partials, parts, head_rows, logits] {
+        arena.poison(device)?;
+        for buffer in [residual, qkv, head_rows] {
             let poison = vec![f32::NAN; buffer.len()];
             device.upload(buffer, &poison)?;
         }
-        for buffer in [normed, attended, gate_up, gated, head_normed] {
+        for buffer in [normed, attended, head_normed] {
             let poison = vec![bf16::NAN; buffer.len()];
             device.upload(buffer, &poison)?;
         }
@@ -612,7 +661,7 @@ impl Workspace {
         device.copy(self.chosen.slice(..rows)?, self.indices.slice_mut(..rows)?)
     }
 
-    /// The tokens \[R\] that the last [`Model::forward_greedy`] with `rows` = R logits rows chose.
+    /// The tokens \[R\] that the last [`Model::forward_choosing`] with `rows` = R logits rows chose.
     ///
     /// # Errors
     /// More rows than the workspace has.
@@ -625,7 +674,15 @@ impl Workspace {
     /// # Errors
     /// More rows than the workspace has.
     pub fn logits(&self, rows: usize) -> Result<Slice<'_, f32>, DeviceError> {
-        self.logits.slice(..rows * (self.logits.len() / self.limits.logits_rows))
+        self.arena.written_logits(rows * self.vocab)
+    }
+
+    /// As [`Self::logits`], with memory for choosing tokens among them.
+    ///
+    /// # Errors
+    /// As for `logits`.
+    pub fn logits_and_spare(&mut self, rows: usize) -> Result<Logits<'_>, DeviceError> {
+        self.arena.logits(rows * self.vocab)
     }
 }
 

@@ -28,7 +28,9 @@ pub use linear::{
     linear_to_residual,
 };
 pub use rows::{embedding, gather_rows, residual_norm, rms_norm};
-pub use sampling::{LogProbs, SampleParams, argmax, log_probs, penalties, sample, sample_scratch_len};
+pub use sampling::{
+    LogProbs, SampleParams, argmax, log_probs, penalties, sample, sample_scratch_len, spare_for_choosing,
+};
 
 use crate::device::DeviceError;
 

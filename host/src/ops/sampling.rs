@@ -78,6 +78,16 @@ pub fn sample_scratch_len(rows: usize, vocab: usize) -> usize {
     rows * vocab.div_ceil(candidates::PART) * PART_WORDS
 }
 
+/// f32 elements of memory beside the logits of `rows` rows that choosing their tokens takes at least: a GPU's scratch memory, and
+/// a copy of a row for penalties. With more, penalties take fewer launches.
+#[must_use]
+pub fn spare_for_choosing(device: &Device, rows: usize, vocab: usize) -> usize {
+    let scratch = |rows| if device.is_cuda() { 2 * sample_scratch_len(rows, vocab) } else { 0 };
+    // On a CPU there is memory to copy all of them, and its cores share the rows of a launch.
+    let copies = if device.is_cuda() { 1 } else { rows };
+    scratch(rows).max(copies * vocab.next_multiple_of(4) + scratch(1))
+}
+
 /// A token of each row of `logits` \[R, V\], drawn after temperature, top-k, top-p and min-p, into `ids` \[R\];
 /// `u32::MAX` where no logit is finite.
 ///

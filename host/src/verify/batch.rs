@@ -139,7 +139,9 @@ pub(super) fn check(model: &Arc<Model>, size: Size, report: &mut dyn FnMut(Line)
     warm_cache(model, &watched.requests[1], report)?;
     report(preemption(model)?);
     report(log_probabilities(model, &watched)?);
-    report(plain(model)?);
+    for mix in [Mix::Greedy, Mix::Drawn, Mix::Penalised] {
+        report(ahead(model, mix)?);
+    }
     report(poison(model, &known)?);
     report(page_tables(model, &known)?);
     report(two_engines(model, &known)?);
@@ -281,11 +283,46 @@ fn log_probabilities(model: &Arc<Model>, watched: &Known) -> Result<Line, Device
     Ok(tally.line("log-probabilities asked for (0, 3, 20) = not"))
 }
 
-/// Steps in which everybody wants the likeliest token and nothing else, which may be computed without logits.
-fn plain(model: &Arc<Model>) -> Result<Line, DeviceError> {
-    let greedy = Sampling { temperature: 0.0, ..Sampling::default() };
-    let requests =
-        (0..12).map(|index| request(tokens(model, 10 + 13 * index, 70 + index as u64), 20, greedy.clone(), Some(0)));
+/// What the requests of a run that launches steps ahead want.
+#[derive(Clone, Copy)]
+enum Mix {
+    /// Everybody the likeliest token and nothing else, which may be computed without logits.
+    Greedy,
+    /// Tokens drawn through all the filters, and some likeliest ones among them.
+    Drawn,
+    /// Prompts of one token, behind which the first token has nothing to be penalised for and the second one has.
+    Penalised,
+}
+
+impl Mix {
+    fn request(self, model: &Arc<Model>, index: usize) -> Request {
+        let greedy = Sampling { temperature: 0.0, ..Sampling::default() };
+        let drawn = Sampling { temperature: 0.8, seed: 90 + index as u64, ..Sampling::default() };
+        let (prompt, sampling) = match (self, index % 5) {
+            (Self::Greedy, _) | (Self::Drawn, 3) => (10 + 13 * index, greedy),
+            (Self::Drawn, 0) => (10 + 13 * index, Sampling { top_p: 0.95, top_k: 50, ..drawn }),
+            (Self::Drawn, 1) => (10 + 13 * index, Sampling { top_p: 0.7, ..drawn }),
+            (Self::Drawn, 2) => (10 + 13 * index, Sampling { min_p: 0.05, temperature: 1.5, ..drawn }),
+            (Self::Drawn, _) => (10 + 13 * index, drawn),
+            (Self::Penalised, 1) => (1, Sampling { frequency_penalty: 2.0, ..drawn }),
+            (Self::Penalised, 3) => (1, Sampling { logit_bias: vec![(7, 5.0)], ..greedy }),
+            (Self::Penalised, _) => (1, Sampling { repetition_penalty: 5.0, presence_penalty: 2.0, ..greedy }),
+        };
+        request(tokens(model, prompt, 70 + index as u64), 20, sampling, Some(0))
+    }
+
+    fn claim(self) -> &'static str {
+        match self {
+            Self::Greedy => "greedy without log-probabilities, 1 to 12 at once, some stopped = alone with",
+            Self::Drawn => "drawn without log-probabilities, 1 to 12 at once, some stopped = alone with",
+            Self::Penalised => "penalised from the second token on, 1 to 12 at once, some stopped = alone with",
+        }
+    }
+}
+
+/// Steps that may be given to the device before the tokens of the step before are known.
+fn ahead(model: &Arc<Model>, mix: Mix) -> Result<Line, DeviceError> {
+    let requests = (0..12).map(|index| mix.request(model, index));
     let known = Known::of(model, requests.collect())?;
     let mut tally = Tally::default();
     for (count, ahead_anywhere) in [(1, true), (2, true), (8, false), (8, true), (12, true)] {
@@ -309,7 +346,7 @@ fn plain(model: &Arc<Model>) -> Result<Line, DeviceError> {
             tally.compare(&expected, &collect(events)?.tokens);
         }
     }
-    Ok(tally.line("greedy without log-probabilities, 1 to 12 at once, some stopped = alone with"))
+    Ok(tally.line(mix.claim()))
 }
 
 /// What is left of an answer for somebody who asked for less.

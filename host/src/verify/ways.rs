@@ -3,7 +3,7 @@
 use super::Line;
 use super::rehearsal;
 use crate::device::{DeviceError, MemoryKind};
-use crate::model::{DecodeWay, KvCache, Model, Prefill, Step, StepLimits, Workspace};
+use crate::model::{Choosing, DecodeWay, KvCache, Model, Prefill, Step, StepLimits, Workspace};
 use crate::ops::{self, PAGE};
 
 /// Rows of the quick check: every kind of bucket, full and not.
@@ -29,8 +29,7 @@ pub(super) fn check(model: &Model, counts: &[usize]) -> Result<Vec<(DecodeWay, L
             let mut batch = Batch::new(model, most, shared)?;
             for &rows in &counts {
                 let (differing, compared) = batch.compare(rows, &|model, step, cache, workspace, greedy| {
-                    let forward = if greedy { Model::forward_greedy } else { Model::forward };
-                    forward(model, step, cache, workspace)
+                    model.forward_choosing(step, choosing(greedy), cache, workspace)
                 })?;
                 (wrong, values) = (wrong + differing, values + compared);
             }
@@ -54,6 +53,10 @@ pub(super) fn check(model: &Model, counts: &[usize]) -> Result<Vec<(DecodeWay, L
 
 /// Computes a step; the last argument says whether the likeliest tokens are wanted or logits.
 type Forward<'a> = dyn Fn(&Model, &Step<'_>, &mut KvCache, &mut Workspace, bool) -> Result<(), DeviceError> + 'a;
+
+fn choosing<'a>(greedy: bool) -> Choosing<'a> {
+    if greedy { Choosing::Likeliest } else { Choosing::Caller }
+}
 
 /// Sequences that share their first pages and have one of their own each.
 struct Batch<'a> {
@@ -185,11 +188,7 @@ mod tests {
                     tokens[2] ^= 1;
                 }
                 let step = Step { tokens: &tokens, ..*step };
-                if greedy {
-                    model.forward_greedy(&step, cache, workspace)
-                } else {
-                    model.forward(&step, cache, workspace)
-                }
+                model.forward_choosing(&step, choosing(greedy), cache, workspace)
             };
             batch.compare(3, &forward).unwrap().0
         };
