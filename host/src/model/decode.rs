@@ -1,12 +1,14 @@
 //! Steps in which every row is one new token of its sequence. On a GPU such a step is recorded once for each bucket of rows and
-//! contexts and then started as a whole; for few rows its layers are fused. None of this changes a bit.
+//! contexts and then started as a whole; its layers are fused with their neighbours. None of this changes a bit.
 
 use std::collections::VecDeque;
 
+use half::bf16;
+
 use super::KvCache;
 use super::transformer::{Model, Step, Workspace};
-use crate::device::{DeviceError, Recording};
-use crate::ops::{self, DecodeScratch, FEW, NO_ROW, Norm, PAGE, PagesMut, Places};
+use crate::device::{DeviceError, LinearBackend, Recording, Slice, SliceMut, Weight, contract};
+use crate::ops::{self, BlockTokens, DecodeScratch, FEW, NO_ROW, Norm, PAGE, PagesMut, Places};
 
 /// What a step leaves behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,7 +71,45 @@ fn bucket_rows(rows: usize) -> usize {
     }
 }
 
+/// A linear layer of a step of more than [`FEW`] rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Linear {
+    Qkv,
+    Output,
+    GateUp,
+    Down,
+    Head,
+}
+
+/// What computes a layer. Their bits are equal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum LayerKernel {
+    /// Our own tiles, with what stands behind the layer.
+    Tiles,
+    /// cuBLASLt, and operations of their own behind it.
+    CublasLt,
+}
+
+/// The faster of the two for a layer and so many rows. With more rows a tile's tokens and outputs come from the second-level
+/// cache more often than in cuBLASLt's larger tiles; with fewer the launches that are spared count for more.
+fn layer_kernel(layer: Linear, rows: usize) -> LayerKernel {
+    let most = match layer {
+        Linear::Qkv | Linear::Output => 256,
+        Linear::GateUp | Linear::Down | Linear::Head => 128,
+    };
+    if rows <= most { LayerKernel::Tiles } else { LayerKernel::CublasLt }
+}
+
 impl Model {
+    /// Whether our own tiles compute a layer.
+    fn takes_tiles(&self, layer: Linear, rows: usize) -> bool {
+        let chosen = match self.device().linear_backend() {
+            LinearBackend::CublasLt => layer_kernel(layer, rows),
+            LinearBackend::Kernel => LayerKernel::Tiles,
+        };
+        self.tiles_fits && chosen == LayerKernel::Tiles
+    }
+
     /// The bucket of a step, if it can be computed as one of these.
     fn bucket(&self, step: &Step<'_>, cache: &KvCache, workspace: &Workspace, wanted: Wanted) -> Option<Bucket> {
         let limits = workspace.limits();
@@ -193,12 +233,12 @@ impl Model {
             Norm { gain: self.parameters.final_norm.as_slice(), eps },
             self.head(),
             &mut workspace.logits.slice_mut(..wanted)?,
-            &mut workspace.best.as_slice_mut(),
+            &mut workspace.best.slice_mut(..ops::best_len(device))?,
             &mut workspace.chosen.slice_mut(..rows)?,
         )
     }
 
-    /// The launches of a step of more rows: linear layers as operations of their own.
+    /// The launches of a step of more rows: norms as operations of their own.
     fn decode_many(&self, bucket: Bucket, cache: &mut KvCache, workspace: &mut Workspace) -> Result<(), DeviceError> {
         let (config, heads, device) = (self.config(), self.heads(), self.device());
         let Bucket { rows, spans, .. } = bucket;
@@ -224,10 +264,17 @@ impl Model {
             ops::rms_norm(device, &residual.as_slice(), &first.input_norm.as_slice(), &mut normed, eps)?;
         }
         for (index, layer) in self.parameters.layers.iter().enumerate() {
-            ops::linear(device, &normed.as_slice(), &layer.qkv, &mut qkv)?;
             let (keys, values) = cache.pages_mut(index);
             let mut pages = PagesMut { keys: keys.as_slice_mut(), values: values.as_slice_mut() };
-            ops::rotary_kv_write(device, &mut qkv, &layer.bias()?, &rope_table, places, &mut pages, heads)?;
+            let (x, bias) = (normed.as_slice(), layer.bias()?);
+            if self.takes_tiles(Linear::Qkv, rows) {
+                let block = BlockTokens::Chosen;
+                let qkv = &mut qkv;
+                ops::tile_qkv(device, block, &x, &layer.qkv, &bias, &rope_table, places, qkv, &mut pages, heads)?;
+            } else {
+                ops::linear(device, &x, &layer.qkv, &mut qkv)?;
+                ops::rotary_kv_write(device, &mut qkv, &bias, &rope_table, places, &mut pages, heads)?;
+            }
             ops::attention_decode(
                 device,
                 &qkv.as_slice(),
@@ -243,24 +290,53 @@ impl Model {
                 heads,
                 spans * PAGE,
             )?;
-            ops::linear(device, &attended.as_slice(), &layer.output, &mut delta)?;
+            self.to_residual(Linear::Output, rows, &attended.as_slice(), &layer.output, &mut delta)?;
             let gain = layer.post_norm.as_slice();
             ops::residual_norm(device, &mut residual, &delta.as_slice(), &gain, &mut normed, eps)?;
-            ops::linear(device, &normed.as_slice(), &layer.gate_up, &mut gate_up)?;
-            ops::silu_mul(device, &gate_up.as_slice(), &mut gated, config.ffn)?;
-            ops::linear(device, &gated.as_slice(), &layer.down, &mut delta)?;
+            let x = normed.as_slice();
+            if self.takes_tiles(Linear::GateUp, rows) {
+                ops::tile_gate_up(device, BlockTokens::Chosen, &x, &layer.gate_up, &mut gated)?;
+            } else {
+                ops::linear(device, &x, &layer.gate_up, &mut gate_up)?;
+                ops::silu_mul(device, &gate_up.as_slice(), &mut gated, config.ffn)?;
+            }
+            self.to_residual(Linear::Down, rows, &gated.as_slice(), &layer.down, &mut delta)?;
             let (gain, out) = match self.parameters.layers.get(index + 1) {
                 Some(next) => (&next.input_norm, &mut normed),
                 None => (&self.parameters.final_norm, &mut head_normed),
             };
             ops::residual_norm(device, &mut residual, &delta.as_slice(), &gain.as_slice(), out, eps)?;
         }
+        let x = head_normed.as_slice();
+        let mut chosen = workspace.chosen.slice_mut(..rows)?;
+        if self.takes_tiles(Linear::Head, rows) {
+            let wanted = if bucket.wanted == Wanted::Logits { rows * config.vocab } else { 0 };
+            let mut logits = workspace.logits.slice_mut(..wanted)?;
+            let best = &mut workspace.best.as_slice_mut();
+            return ops::tile_logits(device, BlockTokens::Chosen, &x, self.head(), &mut logits, best, &mut chosen);
+        }
         let mut logits = workspace.logits.slice_mut(..rows * config.vocab)?;
-        ops::linear(device, &head_normed.as_slice(), self.head(), &mut logits)?;
+        ops::linear(device, &x, self.head(), &mut logits)?;
         if bucket.wanted == Wanted::Tokens {
-            ops::argmax(device, &logits.as_slice(), &mut workspace.chosen.slice_mut(..rows)?)?;
+            ops::argmax(device, &logits.as_slice(), &mut chosen)?;
         }
         Ok(())
+    }
+
+    /// A layer whose output is added to the residual stream.
+    fn to_residual(
+        &self,
+        layer: Linear,
+        rows: usize,
+        x: &Slice<'_, bf16>,
+        weight: &Weight,
+        delta: &mut SliceMut<'_, f32>,
+    ) -> Result<(), DeviceError> {
+        if !self.takes_tiles(layer, rows) {
+            return ops::linear(self.device(), x, weight, delta);
+        }
+        let segments = contract::segments(weight.n(), weight.k());
+        ops::tile_parts(self.device(), BlockTokens::Chosen, segments, x, weight, delta)
     }
 }
 

@@ -25,6 +25,8 @@ pub struct Model {
     pub(super) rope_table: Buffer<f32>,
     /// The fused kernels of few rows take its shapes.
     pub(super) few_fits: bool,
+    /// The tiles of more rows take its shapes.
+    pub(super) tiles_fits: bool,
 }
 
 /// Some rows of a step that are consecutive tokens of one sequence, more than one or not.
@@ -130,6 +132,7 @@ impl Model {
         Ok(Self {
             device: device.clone(),
             few_fits: ops::few_fits(device, heads, config.hidden, config.ffn),
+            tiles_fits: ops::tiles_fits(device, heads, config.hidden, config.ffn),
             config,
             context_tokens,
             fingerprint: checkpoint.fingerprint(),
@@ -224,7 +227,11 @@ impl Model {
             head_rows: activation(limits.logits_rows * config.hidden, "rows with logits")?,
             head_normed: operand(limits.logits_rows * config.hidden, "normalised rows with logits")?,
             logits: activation(limits.logits_rows * config.vocab, "logits")?,
-            best: device.alloc_unwritten(ops::best_len(device), MemoryKind::Activations, "best tokens")?,
+            best: device.alloc_unwritten(
+                ops::best_len(device).max(ops::tile_best_len(device)),
+                MemoryKind::Activations,
+                "best tokens",
+            )?,
             chosen: device.alloc_unwritten(limits.logits_rows, MemoryKind::Activations, "likeliest tokens")?,
             recordings: Recordings::default(),
         })

@@ -11,6 +11,7 @@ mod few;
 mod linear;
 mod rows;
 mod sampling;
+mod tiles;
 
 pub use attention::{
     DecodeScratch, HeadShape, NO_ROW, Pages, PagesMut, PrefillTiles, Segment, attention_decode, attention_prefill,
@@ -26,6 +27,7 @@ pub use kernels_gpu::row_parameters::{RowParameters, WORDS as ROW_WORDS};
 pub use linear::{LinearTarget, linear, linear_kernel, linear_plain};
 pub use rows::{embedding, gather_rows, residual_norm, rms_norm};
 pub use sampling::{LogProbs, SampleParams, argmax, log_probs, penalties, sample, sample_scratch_len};
+pub use tiles::{BlockTokens, tile_best_len, tile_gate_up, tile_logits, tile_parts, tile_qkv, tiles_fits};
 
 use crate::device::DeviceError;
 
