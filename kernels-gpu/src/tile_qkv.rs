@@ -83,25 +83,6 @@ impl Heads<'_> {
         [first, first + self.width / 2].map(|output| bf16_to_f32(self.bias.get(output as usize)))
     }
 
-    #[inline(always)]
-    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-    fn place(&self, partners: Partners, token: u32) -> Place {
-        let mut place = Place { position: u32::MAX, rotation: [0.0; 2], page: 0 };
-        if (token as usize) < self.positions.len() {
-            place.position = self.positions.get(token as usize);
-        }
-        if place.position != u32::MAX {
-            let position = place.position as usize;
-            if partners.head < self.rotated() {
-                place.rotation = self.table.load((position * (self.width / 2) as usize + partners.i as usize) * 2);
-            }
-            if partners.head >= self.query_heads {
-                place.page = self.page_tables.get(self.row_tables.get(token as usize) as usize + position / PAGE);
-            }
-        }
-        place
-    }
-
     /// Where the entries of a KV head of a page start.
     #[inline(always)]
     fn entries(&self, page: u32, kv_head: u32) -> usize {
@@ -146,14 +127,36 @@ fn tile_qkv<
         Tiles { first: tile, step: 1, count: 1 },
         |_, r| heads.first(heads.partners(group(r / 16) + r % 8)) + r % 16 / 8 * half,
         || {
-            // What the sums meet is older than the predecessors.
-            let nowhere = Place { position: u32::MAX, rotation: [0.0; 2], page: 0 };
-            let mut places = [[[nowhere; 2]; 2]; PAIRS];
-            if own_group < outputs / 2 {
-                for pair in 0..PAIRS {
-                    for eight in 0..2 {
-                        for element in 0..2 {
-                            places[pair][eight][element] = heads.place(own, token(pair, eight, element));
+            // What the sums meet is older than the predecessors. First all positions, then all that follows from them: loads
+            // wait for each other twice, not once for each token.
+            let inside = own_group < outputs / 2;
+            let mut places = [[[Place { position: u32::MAX, rotation: [0.0; 2], page: 0 }; 2]; 2]; PAIRS];
+            let mut tables = [[[0u32; 2]; 2]; PAIRS];
+            for pair in 0..PAIRS {
+                for eight in 0..2 {
+                    for element in 0..2 {
+                        let token = token(pair, eight, element);
+                        if inside && token < tokens {
+                            places[pair][eight][element].position = heads.positions.get(token as usize);
+                            tables[pair][eight][element] = heads.row_tables.get(token as usize);
+                        }
+                    }
+                }
+            }
+            for pair in 0..PAIRS {
+                for eight in 0..2 {
+                    for element in 0..2 {
+                        let place = &mut places[pair][eight][element];
+                        if place.position != u32::MAX {
+                            let position = place.position as usize;
+                            if own.head < heads.rotated() {
+                                let angle = position * half as usize + own.i as usize;
+                                place.rotation = heads.table.load(angle * 2);
+                            }
+                            if own.head >= heads.query_heads {
+                                let entry = tables[pair][eight][element] as usize + position / PAGE;
+                                place.page = heads.page_tables.get(entry);
+                            }
                         }
                     }
                 }
@@ -168,6 +171,8 @@ fn tile_qkv<
             };
             let Partners { head, i } = own;
             let (i, half) = (i as usize, half as usize);
+            let row_elements = outputs as usize;
+            heads.queries.check(0, tokens as usize * row_elements);
             for pair in 0..PAIRS {
                 for eight in 0..2 {
                     for element in 0..2 {
@@ -178,10 +183,13 @@ fn tile_qkv<
                         let slot = position as usize % PAGE;
                         if head < heads.query_heads {
                             let [a, b] = rotated(biased(pair, eight, element), rotation);
-                            let first =
-                                token(pair, eight, element) as usize * outputs as usize + heads.first(own) as usize;
-                            heads.queries.set(first, a);
-                            heads.queries.set(first + half, b);
+                            let first = token(pair, eight, element) as usize * row_elements + heads.first(own) as usize;
+                            // SAFETY: a token with a position is one of the step's, and both outputs are of its row (all
+                            // rows are there: checked above).
+                            unsafe {
+                                heads.queries.set_unchecked(first, a);
+                                heads.queries.set_unchecked(first + half, b);
+                            }
                         } else if head < heads.rotated() {
                             let [a, b] = rotated(biased(pair, eight, element), rotation).map(f32_to_bf16);
                             let start = heads.entries(page, head - heads.query_heads) + slot * heads.width as usize;
