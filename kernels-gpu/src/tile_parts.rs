@@ -27,11 +27,11 @@ fn tile_parts<
     tokens: u32,
     outputs: u32,
     width: u32,
-    segments: u32,
+    part: u32,
 ) {
     let block_outputs = (OUTPUT_WARPS * GROUPS * 16) as u32;
     let first_token = thread::block_idx_x() * (TOKEN_WARPS * PAIRS * 16) as u32;
-    let (segment, part) = (thread::block_idx_z(), width / segments);
+    let segment = thread::block_idx_z();
     let g = thread::lane_id() / 4;
     let matrix = tokens as usize * outputs as usize;
     tiles::compute::<OUTPUT_WARPS, TOKEN_WARPS, GROUPS, PAIRS, DEPTH, PENDING, false, _>(
@@ -76,7 +76,7 @@ macro_rules! parts_kernel {
         /// - grid (ceil(M / tokens), ceil(N / outputs), S), tokens and outputs of the layout; a block makes that tile of a
         ///   segment.
         /// - bytes: 2 (N K + M K) + 4 S M N, with weights once per block of tokens and tokens once per block of outputs.
-        /// - the caller: K is a multiple of 64 S, N of 16; [`Layout::ring_bytes`] of dynamic shared memory. `weight` is read
+        /// - the caller: `part` = K / S is a multiple of 64, N of 16; [`Layout::ring_bytes`] of dynamic shared memory. `weight` is read
         ///   before the kernels ahead have ended.
         #[kernel(block = $threads, min_blocks = 2)]
         pub fn $name(
@@ -86,7 +86,7 @@ macro_rules! parts_kernel {
             tokens: u32,
             outputs: u32,
             width: u32,
-            segments: u32,
+            part: u32,
         ) {
             const { assert!($layout.threads() == $threads) };
             tile_parts::<
@@ -96,7 +96,7 @@ macro_rules! parts_kernel {
                 { $layout.pairs },
                 { $layout.depth },
                 { $layout.depth - 2 },
-            >(x, weight, parts, tokens, outputs, width, segments);
+            >(x, weight, parts, tokens, outputs, width, part);
         }
     };
 }

@@ -184,8 +184,8 @@ pub fn tile_parts(
     };
     let grid = grid(NAME, layout, tokens, outputs.div_ceil(layout.outputs()), segments)?;
     let (tokens, outputs) = (size(NAME, tokens)?, size(NAME, outputs)?);
-    let (width, segments) = (size(NAME, width)?, size(NAME, segments)?);
-    device.launch(kernel(x, &weight.rows()?.as_slice(), parts, tokens, outputs, width, segments), grid)
+    let (width, part) = (size(NAME, width)?, size(NAME, width / segments)?);
+    device.launch(kernel(x, &weight.rows()?.as_slice(), parts, tokens, outputs, width, part), grid)
 }
 
 /// silu(gate) * up of `x` \[M, K\] into `out` \[M, F\], where the weight \[2 F, K\] has gate, then up. The bits of
