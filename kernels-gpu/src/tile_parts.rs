@@ -79,15 +79,7 @@ macro_rules! parts_kernel {
         /// - the caller: `part` = K / S is a multiple of 64, N of 16; [`Layout::ring_bytes`] of dynamic shared memory. `weight` is read
         ///   before the kernels ahead have ended.
         #[kernel(block = $threads, min_blocks = 2)]
-        pub fn $name(
-            x: In<bf16>,
-            weight: In<bf16>,
-            parts: Out<f32>,
-            tokens: u32,
-            outputs: u32,
-            width: u32,
-            part: u32,
-        ) {
+        pub fn $name(x: In<bf16>, weight: In<bf16>, parts: Out<f32>, tokens: u32, outputs: u32, width: u32, part: u32) {
             const { assert!($layout.threads() == $threads) };
             tile_parts::<
                 { $layout.output_warps },
