@@ -82,7 +82,7 @@ pub(crate) fn ready(model: Arc<Model>, options: impl FnOnce(&Device) -> EngineOp
     Ok(Started { engine, model, thread: EngineThread::new(thread) })
 }
 
-/// How long algorithms of linear layers are timed at most. What is not reached keeps the library's own choice.
+/// How long algorithms of linear layers are timed at most, and again our own tiles. What is not reached stays as it is.
 const CHOOSING: Duration = Duration::from_millis(200);
 
 /// Opens the device, loads the model onto it and chooses its algorithms, for contexts of the model's own maximum where nothing
@@ -91,12 +91,13 @@ pub(crate) fn load(source: &ModelArguments, folder: &Path, context_tokens: Optio
     let device = open(source, folder)?;
     let mut progress = Progress::on_stderr(format!("loading {}", model_folder::name(folder)));
     let model = Model::load(&device, folder, context_tokens, &mut |done, total| progress.show(done, total))?;
-    if let Err(error) = model.choose_algorithms(CHOOSING) {
-        // What was not timed keeps the library's own choice; a device that has failed is another matter.
+    let chosen = model.choose_algorithms(CHOOSING).and_then(|_| model.choose_tiles(CHOOSING));
+    if let Err(error) = chosen {
+        // What was not timed stays as it is; a device that has failed is another matter.
         if let Some(failure) = device.failure() {
             return Err(failure.into());
         }
-        tracing::warn!("the algorithms of the linear layers were not timed: {error}");
+        tracing::warn!("what computes linear layers was not timed: {error}");
     }
     Ok(model)
 }

@@ -112,13 +112,21 @@ fn the_demo_model_keeps_the_contract_on_the_cpu() {
 fn every_way_of_decoding_keeps_its_bits_on_a_cpu_like_a_gpu() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo");
     let model = Model::load(&devices::cpu_like_a_gpu(), &folder, Some(512), &mut |_, _| {}).unwrap();
-    assert_eq!([1, 9].map(|rows| model.decode_way(rows)), [Some(DecodeWay::Few), Some(DecodeWay::Many)]);
-    let lines = verify::decode_ways(&model, &[1, 3, 8, 9, 18]).unwrap();
-    assert!(lines.len() == 2 && lines.iter().all(|line| line.holds), "{lines:#?}");
+    let way = |rows| model.decode_way(rows);
+    assert_eq!([1, 9].map(way), [Some(DecodeWay::Few), Some(DecodeWay::Tiles)]);
+    let check = |rows: &[usize], ways: usize| {
+        let lines = verify::decode_ways(&model, rows).unwrap();
+        assert!(lines.len() == ways && lines.iter().all(|line| line.holds), "{lines:#?}");
+    };
+    check(&[1, 3, 8, 9, 18], 2);
     model.give_up(DecodeWay::Few);
-    assert_eq!([1, 9].map(|rows| model.decode_way(rows)), [Some(DecodeWay::Many); 2]);
-    model.give_up(DecodeWay::Many);
-    assert_eq!([1, 9].map(|rows| model.decode_way(rows)), [None; 2]);
+    assert_eq!([1, 9].map(way), [Some(DecodeWay::Tiles); 2]);
+    check(&[2], 1);
+    model.give_up(DecodeWay::Tiles);
+    assert_eq!([1, 9].map(way), [Some(DecodeWay::Recorded); 2]);
+    check(&[2, 9], 1);
+    model.give_up(DecodeWay::Recorded);
+    assert_eq!([1, 9].map(way), [None; 2]);
     assert!(verify::decode_ways(&model, &[1]).unwrap().is_empty(), "nothing is left to be in doubt");
 }
 

@@ -829,20 +829,22 @@ pub fn few_logits(
 
 /// ids\[t\] = the token of the greatest of `best`\[.., t\], as [`crate::argmax`] has it.
 ///
-/// - `best`: u64 \[blocks, [`FEW`]\], of [`few_logits()`]; `ids`: u32 \[T\].
+/// - `best`: u64 \[blocks, columns\], of [`few_logits()`], where `columns` is [`FEW`], or of [`crate::tile_logits`], where it
+///   is T; `ids`: u32 \[T\].
 /// - a block does one token.
-/// - bytes: 8 per block of `few_logits` and token.
+/// - bytes: 8 per block of the head and token.
 #[kernel(block = 512)]
-pub fn few_argmax(best: In<u64>, ids: Out<u32>) {
+pub fn few_argmax(best: In<u64>, ids: Out<u32>, columns: u32) {
     let scratch = shared_array!(u64, rank::WARPS);
     let token = thread::block_idx_x() as usize;
     thread::wait_for_predecessors();
     let mut key = 0;
-    let mut index = thread::thread_idx_x() as usize * FEW + token;
+    let columns = columns as usize;
+    let mut index = thread::thread_idx_x() as usize * columns + token;
     while index < best.len() {
         let other = best.get(index);
         key = if other > key { other } else { key };
-        index += rank::THREADS * FEW;
+        index += rank::THREADS * columns;
     }
     let key = rank::block_max(key, &scratch);
     if thread::thread_idx_x() == 0 {

@@ -17,6 +17,7 @@
 //! | `penalties`, `argmax`, `sample`, `log_probs` | from logits to a token (`rank`, `distance`, `row_parameters`, `philox`, `quads`: their parts) |
 //! | `candidates`, `masses`, `choose` | `sample`, fast on a GPU |
 //! | `few` | the linear layers of few tokens, fused with their neighbours |
+//! | `tiles` | the linear layers of many tokens, with what stands behind them: `tile_qkv`, `tile_parts`, `tile_gate_up`, `tile_logits` |
 //! | `differing` | bit comparison, for the self-test |
 #![cfg_attr(target_arch = "nvptx64", no_std)]
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch))]
@@ -54,6 +55,11 @@ pub mod rotary_kv_write;
 pub mod row_parameters;
 pub mod sample;
 pub mod silu_mul;
+pub mod tile_gate_up;
+pub mod tile_logits;
+pub mod tile_parts;
+pub mod tile_qkv;
+pub mod tiles;
 
 /// Every kernel: what the host checks the PTX against.
 #[cfg(not(target_arch = "nvptx64"))]
@@ -108,6 +114,18 @@ pub const KERNELS: &[&cuda_std::launch::KernelDesc] = &[
     rotary_kv_write::rotary_kv_write::KERNEL,
     sample::sample::KERNEL,
     silu_mul::silu_mul::KERNEL,
+    tile_gate_up::tile_gate_up_16::KERNEL,
+    tile_gate_up::tile_gate_up_32::KERNEL,
+    tile_gate_up::tile_gate_up_64::KERNEL,
+    tile_logits::tile_logits_16::KERNEL,
+    tile_logits::tile_logits_32::KERNEL,
+    tile_logits::tile_logits_64::KERNEL,
+    tile_parts::tile_parts_16::KERNEL,
+    tile_parts::tile_parts_32::KERNEL,
+    tile_parts::tile_parts_64::KERNEL,
+    tile_qkv::tile_qkv_16::KERNEL,
+    tile_qkv::tile_qkv_32::KERNEL,
+    tile_qkv::tile_qkv_64::KERNEL,
 ];
 
 /// Kernels that only define what a fused one computes: tests compare with them, no model launches them.

@@ -25,7 +25,7 @@ pub const GROUP: usize = 8;
 /// - the caller: D is a multiple of 32, H + 2 G heads in a row, addresses are multiples of 16; T (H + G) D fits 32 bits; the
 ///   pages of every position are in the tables, no two rows share a position of a sequence. A row whose position is
 ///   `u32::MAX` is padding: nothing of it is stored, and its row table is any number. Read before the kernels ahead have ended: all but `qkv`.
-#[kernel(block = 128)]
+#[kernel(block = 128, min_blocks = 6)]
 pub fn rotary_kv_write(
     qkv: InOut<f32>,
     bias: In<bf16>,

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::rig::Rig;
 
 /// Kernels whose products go through tensor cores, whose sums are rounded as the hardware likes.
-const TENSOR_CORES: [&str; 25] = [
+const TENSOR_CORES: [&str; 37] = [
     "attention_decode_32",
     "attention_decode_64",
     "attention_decode_96",
@@ -31,6 +31,18 @@ const TENSOR_CORES: [&str; 25] = [
     "few_residual_4",
     "linear_bf16",
     "linear_f32",
+    "tile_gate_up_16",
+    "tile_gate_up_32",
+    "tile_gate_up_64",
+    "tile_logits_16",
+    "tile_logits_32",
+    "tile_logits_64",
+    "tile_parts_16",
+    "tile_parts_32",
+    "tile_parts_64",
+    "tile_qkv_16",
+    "tile_qkv_32",
+    "tile_qkv_64",
 ];
 
 /// Cases and values of a kernel.

@@ -9,7 +9,7 @@
 //! | `rows`, `elementwise` | embedding, gathering, normalisation; bias, residual, gate, comparison |
 //! | `positions` | rotary embedding, the pages of the KV cache; both in one kernel |
 //! | `attention` | prefill and decode |
-//! | `linear`, `few` | linear layers; their fused forms |
+//! | `linear`, `few`, `tiles` | linear layers; their fused forms, of few tokens and of many |
 //! | `prefill` | the layers of a prefill: how long, and the same bits in parts |
 //! | `logits`, `sample` | from logits to a token |
 //! | `ptx` | the kernel images against the table of kernels |
@@ -30,6 +30,7 @@ mod ptx;
 mod rig;
 mod rows;
 mod sample;
+mod tiles;
 
 use rig::Rig;
 
@@ -100,6 +101,10 @@ on_every_device! {
     few_gate_up: crate::few::gate_up;
     few_residual: crate::few::residual;
     few_logits: crate::few::logits;
+    tile_qkv: crate::tiles::qkv;
+    tile_parts: crate::tiles::parts;
+    tile_gate_up: crate::tiles::gate_up;
+    tile_logits: crate::tiles::logits;
     penalties: crate::logits::penalties;
     argmax: crate::logits::argmax;
     log_probs: crate::logits::log_probs;

@@ -1,10 +1,11 @@
-//! Which algorithms compute a model's linear layers: timed on its own weights when it has been loaded.
+//! What computes a model's linear layers: timed on its own weights when it has been loaded.
 
 use std::time::{Duration, Instant};
 
 use half::bf16;
 
-use super::transformer::Model;
+use super::transformer::{Choosing, Model, Step, StepLimits};
+use super::ways::{RUNGS, Tiled};
 use crate::device::{
     DeviceError, LINEAR_RUNGS, LinearBackend, LinearChoice, LinearOutput, MemoryKind, Slice, Weight, contract,
 };
@@ -24,7 +25,74 @@ fn most_rows(n: usize, bytes: usize) -> usize {
     MOST_BYTES / (n * bytes).max(1)
 }
 
+/// Decode steps that are timed at once.
+const STEPS: u32 = 3;
+
+/// The position of every row in the steps that are timed: two pages, one of them full.
+const POSITION: usize = 100;
+
 impl Model {
+    /// Times decode steps in which our own tiles compute all linear layers, those with few outputs, or none, at a ladder of
+    /// rows, and keeps the fastest, for at most `budget`: what is not reached stays as it is. Nothing on the CPU, or where only
+    /// one of them can be. It changes no bits. Returns for each number of rows the times in this order.
+    ///
+    /// # Errors
+    /// No memory, or the device's error.
+    pub fn choose_tiles(&self, budget: Duration) -> Result<Vec<(usize, [Duration; 3])>, DeviceError> {
+        let device = self.device();
+        let mut found = Vec::new();
+        let open = self.ways.has_tiles() && device.linear_backend() == LinearBackend::CublasLt;
+        if !device.is_cuda() || !open || self.context_tokens() <= POSITION {
+            return Ok(found);
+        }
+        let deadline = Instant::now() + budget;
+        let most = RUNGS[RUNGS.len() - 1];
+        let limits = StepLimits { rows: most, decode_rows: most, logits_rows: most, table_entries: 2 };
+        let (mut workspace, mut cache) = (self.workspace(limits)?, self.kv_cache(2)?);
+        let mut stopwatch = device.stopwatch()?;
+        for (rung, rows) in RUNGS.into_iter().enumerate() {
+            if Instant::now() >= deadline {
+                break;
+            }
+            let vocab = self.config().vocab;
+            // All rows are one sequence's: they overwrite each other's keys and values, which nobody reads afterwards.
+            let step = Step {
+                tokens: &(0..rows).map(|row| (row % vocab) as u32).collect::<Vec<_>>(),
+                positions: &vec![POSITION as u32; rows],
+                row_tables: &vec![0; rows],
+                page_tables: &[0, 1],
+                decode_rows: rows,
+                prefills: &[],
+                logits_rows: &(0..rows as u32).collect::<Vec<_>>(),
+            };
+            let mut times = [Duration::MAX; Tiled::ALL.len()];
+            for (tiled, time) in Tiled::ALL.into_iter().zip(&mut times) {
+                self.ways.set_tiled(rung, tiled);
+                let mut steps = |count: u32| {
+                    (0..count)
+                        .try_for_each(|_| self.forward_choosing(&step, Choosing::Likeliest, &mut cache, &mut workspace))
+                };
+                // The first records it.
+                steps(2)?;
+                stopwatch.start()?;
+                steps(STEPS)?;
+                stopwatch.stop()?;
+                *time = stopwatch.elapsed()? / STEPS;
+            }
+            let fastest = times.iter().zip(Tiled::ALL).min_by_key(|(time, _)| **time);
+            self.ways.set_tiled(rung, fastest.map_or(Tiled::None, |(_, tiled)| tiled));
+            tracing::debug!(
+                rows,
+                "a decode step by our tiles takes {:?}, narrow layers {:?}, none {:?}",
+                times[0],
+                times[1],
+                times[2]
+            );
+            found.push((rows, times));
+        }
+        Ok(found)
+    }
+
     /// Times the algorithms of every linear layer at [`LINEAR_RUNGS`] and keeps the fastest, for at most `budget`: what is not
     /// reached keeps the library's own choice. Nothing on the CPU, or where our own kernel serves. It changes no bits.
     ///

@@ -1,55 +1,19 @@
 //! Steps in which every row is one new token of its sequence. On a GPU such a step is recorded once for each bucket of rows and
-//! contexts and then started as a whole; for few rows its layers are fused. None of this changes a bit.
+//! contexts and then started as a whole; its layers are fused with their neighbours. None of this changes a bit.
 
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
 
+use half::bf16;
+
+use super::KvCache;
 use super::arena::LayerValues;
 use super::transformer::{Choosing, DRAW_ALIGN, Model, Step, Workspace};
-use super::{KvCache, ModelConfig};
-use crate::device::{Device, DeviceError, Recording};
-use crate::ops::{self, DecodeScratch, FEW, HeadShape, NO_ROW, Norm, PAGE, PagesMut, Places, ROW_WORDS, RowParameters};
-
-/// A way of computing a decode step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DecodeWay {
-    /// The fused layers of few rows.
-    Few,
-    /// Layers of many rows, recorded.
-    Many,
-}
-
-/// Which ways are in use. All have the bits of the separate operations; a way that is seen to have others is given up.
-#[derive(Debug)]
-pub(super) struct Ways {
-    few: AtomicBool,
-    many: AtomicBool,
-}
-
-impl Ways {
-    /// Those that the device and the shapes allow.
-    pub(super) fn new(device: &Device, heads: HeadShape, config: &ModelConfig) -> Self {
-        let tensor_cores = device.tensor_cores();
-        Self {
-            few: AtomicBool::new(tensor_cores && ops::few_fits(device, heads, config.hidden, config.ffn)),
-            many: AtomicBool::new(tensor_cores),
-        }
-    }
-
-    fn flag(&self, way: DecodeWay) -> &AtomicBool {
-        match way {
-            DecodeWay::Few => &self.few,
-            DecodeWay::Many => &self.many,
-        }
-    }
-
-    fn of(&self, rows: usize) -> Option<DecodeWay> {
-        let open = |way: &DecodeWay| self.flag(*way).load(Ordering::Relaxed);
-        let ways = [DecodeWay::Few, DecodeWay::Many];
-        ways[usize::from(rows > FEW)..].iter().copied().find(open)
-    }
-}
+use super::ways::{DecodeWay, Linear, Tiled};
+use crate::device::{DeviceError, Recording, Slice, SliceMut, Weight, contract};
+use crate::ops::{
+    self, BlockTokens, DecodeScratch, FEW, NO_ROW, Norm, PAGE, PagesMut, Places, ROW_WORDS, RowParameters,
+};
 
 /// What a step leaves behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,6 +54,7 @@ struct Bucket {
     /// Rows, padding included.
     rows: usize,
     way: DecodeWay,
+    tiled: Tiled,
     /// Spans of the longest context.
     spans: usize,
     wanted: Wanted,
@@ -163,24 +128,24 @@ impl Model {
         if !step.prefills.is_empty() || !all_wanted {
             return None;
         }
-        let way = self.ways.of(count)?;
+        let (way, tiled) = self.ways.of(self.device(), count)?;
         let longest = step.positions.iter().max().map_or(1, |&position| position as usize + 1);
         let most_spans = self.context_tokens().div_ceil(PAGE);
         let spans = longest.div_ceil(PAGE).next_power_of_two().clamp(4, most_spans.max(4));
         let rows = bucket_rows(count).min(limits.decode_rows).min(limits.logits_rows);
         let fits = rows >= count && ops::partials_len(self.heads(), rows, spans) <= workspace.arena.scratch_len();
-        fits.then(|| Bucket { rows, way, spans, wanted, cache: cache.identity() })
+        fits.then(|| Bucket { rows, way, tiled, spans, wanted, cache: cache.identity() })
     }
 
     /// How a step of `rows` single tokens is computed, where it is not by separate operations.
     #[must_use]
     pub fn decode_way(&self, rows: usize) -> Option<DecodeWay> {
-        self.ways.of(rows)
+        self.ways.of(self.device(), rows).map(|(way, _)| way)
     }
 
     /// Computes no more steps in this way: the self-test's verdict.
     pub fn give_up(&self, way: DecodeWay) {
-        self.ways.flag(way).store(false, Ordering::Relaxed);
+        self.ways.give_up(way);
     }
 
     /// Computes a checked step, where it is one of these. False where it is not.
@@ -212,7 +177,7 @@ impl Model {
         let mut recording = workspace.recordings.take(bucket);
         let outcome = self.device().replay(&mut recording, &mut || match bucket.way {
             DecodeWay::Few => self.decode_few(bucket, cache, workspace),
-            DecodeWay::Many => self.decode_many(bucket, cache, workspace),
+            DecodeWay::Tiles | DecodeWay::Recorded => self.decode_many(bucket, cache, workspace),
         });
         workspace.recordings.put(bucket, recording);
         outcome.map(|()| true)
@@ -290,7 +255,7 @@ impl Model {
             Norm { gain: self.parameters.final_norm.as_slice(), eps },
             self.head(),
             &mut workspace.arena.logits(wanted)?.values,
-            &mut workspace.best.as_slice_mut(),
+            &mut workspace.best.slice_mut(..ops::best_len(device))?,
             &mut workspace.chosen.slice_mut(..rows)?,
         )?;
         self.draw_bucket(bucket, workspace)
@@ -303,10 +268,10 @@ impl Model {
         self.draw(&mut workspace.arena, bucket.rows, draws, whole_mass, &mut workspace.chosen)
     }
 
-    /// The launches of a step of more rows: linear layers as operations of their own.
+    /// The launches of a step of more rows: norms as operations of their own.
     fn decode_many(&self, bucket: Bucket, cache: &mut KvCache, workspace: &mut Workspace) -> Result<(), DeviceError> {
         let (config, heads, device) = (self.config(), self.heads(), self.device());
-        let Bucket { rows, spans, .. } = bucket;
+        let Bucket { rows, spans, tiled, .. } = bucket;
         let tokens = workspace.indices.slice(..rows)?;
         let places = Places {
             positions: workspace.indices.slice(rows..2 * rows)?,
@@ -329,10 +294,17 @@ impl Model {
             ops::rms_norm(device, &residual.as_slice(), &first.input_norm.as_slice(), &mut normed, eps)?;
         }
         for (index, layer) in self.parameters.layers.iter().enumerate() {
-            ops::linear(device, &normed.as_slice(), &layer.qkv, &mut qkv)?;
             let (keys, values) = cache.pages_mut(index);
             let mut pages = PagesMut { keys: keys.as_slice_mut(), values: values.as_slice_mut() };
-            ops::rotary_kv_write(device, &mut qkv, &layer.bias()?, &rope_table, places, &mut pages, heads)?;
+            let (x, bias) = (normed.as_slice(), layer.bias()?);
+            if tiled.takes(Linear::Qkv) {
+                let block = BlockTokens::Chosen;
+                let qkv = &mut qkv;
+                ops::tile_qkv(device, block, &x, &layer.qkv, &bias, &rope_table, places, qkv, &mut pages, heads)?;
+            } else {
+                ops::linear(device, &x, &layer.qkv, &mut qkv)?;
+                ops::rotary_kv_write(device, &mut qkv, &bias, &rope_table, places, &mut pages, heads)?;
+            }
             ops::attention_decode(
                 device,
                 &qkv.as_slice(),
@@ -345,24 +317,57 @@ impl Model {
                 heads,
                 spans * PAGE,
             )?;
-            let output = ops::linear_to_residual(device, &attended.as_slice(), &layer.output, &mut scratch)?;
+            let output =
+                self.to_residual(tiled.takes(Linear::Output), &attended.as_slice(), &layer.output, &mut scratch)?;
             let gain = layer.post_norm.as_slice();
             ops::residual_norm(device, &mut residual, &output, &gain, &mut normed, eps)?;
-            ops::linear(device, &normed.as_slice(), &layer.gate_up, &mut gate_up)?;
-            ops::silu_mul(device, &gate_up.as_slice(), &mut gated, config.ffn)?;
-            let down = ops::linear_to_residual(device, &gated.as_slice(), &layer.down, &mut scratch)?;
+            let x = normed.as_slice();
+            if tiled.takes(Linear::GateUp) {
+                ops::tile_gate_up(device, BlockTokens::Chosen, &x, &layer.gate_up, &mut gated)?;
+            } else {
+                ops::linear(device, &x, &layer.gate_up, &mut gate_up)?;
+                ops::silu_mul(device, &gate_up.as_slice(), &mut gated, config.ffn)?;
+            }
+            let down = self.to_residual(tiled.takes(Linear::Down), &gated.as_slice(), &layer.down, &mut scratch)?;
             let (gain, out) = match self.parameters.layers.get(index + 1) {
                 Some(next) => (&next.input_norm, &mut normed),
                 None => (&self.parameters.final_norm, &mut head_normed),
             };
             ops::residual_norm(device, &mut residual, &down, &gain.as_slice(), out, eps)?;
         }
+        let x = head_normed.as_slice();
+        let mut chosen = workspace.chosen.slice_mut(..rows)?;
+        if tiled.takes(Linear::Head) {
+            let wanted = if bucket.wanted == Wanted::Tokens { 0 } else { rows * config.vocab };
+            let mut logits = workspace.arena.logits(wanted)?.values;
+            let best = &mut workspace.best.as_slice_mut();
+            ops::tile_logits(device, BlockTokens::Chosen, &x, self.head(), &mut logits, best, &mut chosen)?;
+            return self.draw_bucket(bucket, workspace);
+        }
         let mut logits = workspace.arena.logits(rows * config.vocab)?.values;
-        ops::linear(device, &head_normed.as_slice(), self.head(), &mut logits)?;
+        ops::linear(device, &x, self.head(), &mut logits)?;
         if bucket.wanted == Wanted::Tokens {
-            ops::argmax(device, &logits.as_slice(), &mut workspace.chosen.slice_mut(..rows)?)?;
+            ops::argmax(device, &logits.as_slice(), &mut chosen)?;
         }
         self.draw_bucket(bucket, workspace)
+    }
+
+    /// A layer whose output is added to the residual stream, in its parts.
+    fn to_residual<'a>(
+        &self,
+        tiles: bool,
+        x: &Slice<'_, bf16>,
+        weight: &Weight,
+        scratch: &'a mut SliceMut<'_, f32>,
+    ) -> Result<Slice<'a, f32>, DeviceError> {
+        let (device, n, k) = (self.device(), weight.n(), weight.k());
+        if !tiles {
+            return ops::linear_to_residual(device, x, weight, scratch);
+        }
+        let segments = contract::segments(n, k);
+        let len = segments * (x.len() / k) * n;
+        ops::tile_parts(device, BlockTokens::Chosen, segments, x, weight, &mut scratch.slice_mut(..len)?)?;
+        scratch.as_slice().slice(..len)
     }
 }
 

@@ -16,15 +16,16 @@ mod rope;
 #[cfg(test)]
 mod test_folder;
 mod transformer;
+mod ways;
 
 pub use architecture::{LayerWeights, Weight, Weights};
 pub use arena::Logits;
 pub use checkpoint::{Checkpoint, TensorView};
 pub use choose::MOST_HEAD_ROWS;
 pub use config::{Architecture, HEAD_WIDTHS, MAX_HEAD_RATIO, ModelConfig, WIDTH_MULTIPLE};
-pub use decode::DecodeWay;
 pub use error::ModelError;
 pub use kv_cache::KvCache;
 pub use load::LoadError;
 pub use rope::{Rope, RopeScaling, RopeTable};
 pub use transformer::{Choosing, LinearLayer, Model, Prefill, Step, StepLimits, Workspace};
+pub use ways::DecodeWay;

@@ -9,8 +9,9 @@ use std::path::Path;
 use half::bf16;
 
 use super::arena::{Arena, ArenaSizes, LayerValues, Logits};
-use super::decode::{Recordings, Tokens, Ways};
+use super::decode::{Recordings, Tokens};
 use super::load::{self, LoadError, Parameters};
+use super::ways::Ways;
 use super::{Checkpoint, KvCache, ModelConfig};
 use crate::device::{Buffer, Device, DeviceError, MemoryKind, Slice, Weight, contract};
 use crate::ops::{
@@ -279,7 +280,11 @@ impl Model {
             feed_rows: FEED_ROWS,
             head_rows: activation(limits.logits_rows * config.hidden, "rows with logits")?,
             head_normed: operand(limits.logits_rows * config.hidden, "normalised rows with logits")?,
-            best: device.alloc_unwritten(ops::best_len(device), MemoryKind::Activations, "best tokens")?,
+            best: device.alloc_unwritten(
+                ops::best_len(device).max(ops::tile_best_len(device)),
+                MemoryKind::Activations,
+                "best tokens",
+            )?,
             chosen: device.alloc_unwritten(limits.logits_rows, MemoryKind::Activations, "chosen tokens")?,
             recordings: Recordings::default(),
         })

@@ -281,5 +281,5 @@ pub fn few_logits(
         ),
         grid,
     )?;
-    device.launch(few::few_argmax::launch(&best.as_slice(), ids), Grid::new_1d(size(NAME, tokens)?))
+    device.launch(few::few_argmax::launch(&best.as_slice(), ids, size(NAME, FEW)?), Grid::new_1d(size(NAME, tokens)?))
 }

@@ -11,6 +11,7 @@ mod few;
 mod linear;
 mod rows;
 mod sampling;
+mod tiles;
 
 pub use attention::{
     DecodeBlocks, DecodeScratch, HeadShape, NO_ROW, Pages, PagesMut, PrefillTiles, Segment, attention_decode,
@@ -31,6 +32,7 @@ pub use rows::{embedding, gather_rows, residual_norm, rms_norm};
 pub use sampling::{
     LogProbs, SampleParams, argmax, log_probs, penalties, sample, sample_scratch_len, spare_for_choosing,
 };
+pub use tiles::{BlockTokens, tile_best_len, tile_gate_up, tile_logits, tile_parts, tile_qkv, tiles_fits};
 
 use crate::device::DeviceError;
 

@@ -7,7 +7,7 @@ use crate::model::{Choosing, DecodeWay, KvCache, Model, Prefill, Step, StepLimit
 use crate::ops::{self, PAGE};
 
 /// Rows of the quick check: every kind of bucket, full and not.
-pub(super) const QUICK: [usize; 7] = [1, 2, 5, 8, 9, 31, 64];
+pub(super) const QUICK: [usize; 9] = [1, 2, 5, 8, 9, 31, 64, 100, 130];
 
 /// Rows of the full check.
 pub(super) const FULL: [usize; 14] = [1, 2, 3, 4, 5, 7, 8, 9, 16, 23, 64, 65, 130, 256];
@@ -21,7 +21,7 @@ const OWN: usize = 3;
 /// A line for each way that serves some of `counts`.
 pub(super) fn check(model: &Model, counts: &[usize]) -> Result<Vec<(DecodeWay, Line)>, DeviceError> {
     let mut lines = Vec::new();
-    for way in [DecodeWay::Few, DecodeWay::Many] {
+    for way in [DecodeWay::Few, DecodeWay::Tiles, DecodeWay::Recorded] {
         let counts: Vec<usize> = counts.iter().copied().filter(|&rows| model.decode_way(rows) == Some(way)).collect();
         let Some(&most) = counts.last() else { continue };
         let (mut wrong, mut values) = (0, 0);
@@ -36,7 +36,8 @@ pub(super) fn check(model: &Model, counts: &[usize]) -> Result<Vec<(DecodeWay, L
         }
         let what = match way {
             DecodeWay::Few => "fused layers",
-            DecodeWay::Many => "recorded layers",
+            DecodeWay::Tiles => "our tiles",
+            DecodeWay::Recorded => "recorded layers",
         };
         let (first, last) = (counts.first().copied().unwrap_or(0), most);
         lines.push((

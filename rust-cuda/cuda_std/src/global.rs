@@ -165,9 +165,23 @@ macro_rules! writable {
             #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
             pub fn set(&self, index: usize, value: T) {
                 self.check(index, 1);
+                // SAFETY: checked just above.
+                unsafe { self.set_unchecked(index, value) }
+            }
+
+            /// Writes element `index`, which the caller has checked.
+            ///
+            /// # Safety
+            /// `index < self.len()`.
+            #[inline(always)]
+            #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+            pub unsafe fn set_unchecked(&self, index: usize, value: T) {
                 #[cfg(not(target_arch = "nvptx64"))]
-                cpu::global_write(self.shadow, self.shadow_offset + index * size_of::<T>(), size_of::<T>());
-                // SAFETY: checked just above; valid by the constructor's contract.
+                {
+                    self.check(index, 1);
+                    cpu::global_write(self.shadow, self.shadow_offset + index * size_of::<T>(), size_of::<T>());
+                }
+                // SAFETY: inside the buffer, by this function's contract; valid by the constructor's.
                 unsafe { self.pointer.add(index).write(value) }
             }
 

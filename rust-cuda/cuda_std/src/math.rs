@@ -110,10 +110,10 @@ pub fn exp2_of_negative(x: f32) -> f32 {
     exp2(x)
 }
 
-/// e^x, to about two units in the last place. Below x = -86.6 it is 0; from x = 88.73 on it is infinite.
+/// e^x for x from -86.6 to 88.72: the bits of [`exp`], without its choices.
 #[inline(always)]
 #[must_use]
-pub fn exp(x: f32) -> f32 {
+pub fn exp_within(x: f32) -> f32 {
     // ln 2 in two parts, the first with few enough bits that n * LN_2_HIGH is exact.
     const LN_2_HIGH: f32 = 0.693_359_4;
     const LN_2_LOW: f32 = -2.121_944_4e-4;
@@ -126,13 +126,40 @@ pub fn exp(x: f32) -> f32 {
     p = fma(p, r, 4.999_998_8e-1);
     p = fma(p, r, 1.0);
     p = fma(p, r, 1.0);
-    let y = scale_by_power(p, rounded);
+    scale_by_power(p, rounded)
+}
+
+/// e^x, to about two units in the last place. Below x = -86.6 it is 0; from x = 88.73 on it is infinite.
+#[inline(always)]
+#[must_use]
+pub fn exp(x: f32) -> f32 {
+    let y = exp_within(x);
     if x < -86.6 {
         0.0
     } else if x > 88.722_83 {
         f32::INFINITY
     } else {
         y
+    }
+}
+
+/// About 1 / x, for results that are made exact afterwards: on a GPU the hardware's approximation (PTX `rcp.approx.ftz`, off by
+/// at most one unit in the last place), else the quotient.
+#[inline(always)]
+#[must_use]
+pub fn reciprocal_approx(x: f32) -> f32 {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let result: f32;
+        // SAFETY: arithmetic on registers.
+        unsafe {
+            core::arch::asm!("rcp.approx.ftz.f32 {}, {};", out(reg32) result, in(reg32) x, options(pure, nomem, nostack));
+        }
+        result
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        1.0 / x
     }
 }
 

@@ -1,0 +1,407 @@
+//! The tiles of linear layers against the separate operations, bit by bit.
+
+use half::bf16;
+use host::device::{MemoryKind, Weight};
+use host::ops::{self, BlockTokens, HeadShape, PAGE, PagesMut, Places};
+use host::testing::TestRng;
+
+use crate::compare::assert_same;
+use crate::rig::{Guarded, Rig};
+
+/// Tokens of a block, which choose the kernel.
+const BLOCKS: [usize; 3] = [16, 32, 64];
+
+/// The kernel of an operation for a number of tokens in a block.
+fn kernel(names: [&'static str; 3], block: usize) -> &'static str {
+    names[BLOCKS.iter().position(|&tokens| tokens == block).unwrap()]
+}
+
+/// A model's sizes.
+#[derive(Clone, Copy)]
+struct Sizes {
+    tokens: usize,
+    hidden: usize,
+    heads: HeadShape,
+    ffn: usize,
+    vocab: usize,
+    bias: bool,
+}
+
+/// Numbers of tokens that fill blocks and that do not; rows longer than a ring and shorter.
+fn cases(rig: &Rig) -> Vec<Sizes> {
+    let heads = |query_heads, kv_heads, width| HeadShape { query_heads, kv_heads, width };
+    let small = Sizes { tokens: 9, hidden: 64, heads: heads(2, 1, 32), ffn: 48, vocab: 300, bias: true };
+    let wide = Sizes { tokens: 17, hidden: 1088, heads: heads(4, 2, 96), ffn: 80, vocab: 1111, bias: false };
+    let odd = Sizes { tokens: 33, hidden: 320, heads: heads(1, 1, 32), ffn: 144, vocab: 1300, bias: true };
+    let mut full = vec![wide, odd, Sizes { tokens: 63, ..small }, Sizes { tokens: 64, ..odd }];
+    full.push(Sizes { tokens: 65, ..small });
+    if rig.device.is_cuda() {
+        let real = Sizes { tokens: 64, hidden: 896, heads: heads(14, 2, 64), ffn: 4864, vocab: 151_936, bias: true };
+        full.extend([9, 100, 200, 256].map(|tokens| Sizes { tokens, ..wide }));
+        full.extend([real, Sizes { tokens: 33, ..real }, Sizes { tokens: 200, vocab: 20_000, ..real }]);
+    } else {
+        full.push(Sizes { tokens: 100, ..small });
+        full.push(Sizes { tokens: 200, ..small });
+        full.push(Sizes { tokens: 20, hidden: 896, heads: heads(14, 2, 64), ffn: 608, vocab: 1000, bias: true });
+    }
+    rig.pick(vec![small, Sizes { tokens: 17, hidden: 128, bias: false, ..small }], full)
+}
+
+fn weight(rig: &Rig, rng: &mut TestRng, outputs: usize, inputs: usize) -> Weight {
+    let rows: Vec<bf16> =
+        rng.bf16s(outputs * inputs).into_iter().map(|value| bf16::from_f32(value.to_f32() * 0.1)).collect();
+    let buffer = rig.device.alloc_from(&rows, MemoryKind::Weights, "weight").unwrap();
+    rig.device.prepare_weight(buffer, outputs, inputs, true).unwrap()
+}
+
+/// The tensor-core chain as its own operation.
+fn linear(rig: &Rig, x: &Guarded<bf16>, weight: &Weight, tokens: usize) -> Guarded<f32> {
+    let mut out = rig.unwritten(tokens * weight.n());
+    let rows = weight.rows().unwrap();
+    ops::linear_kernel(&rig.device, &x.view(), &rows.as_slice(), &mut out.view_mut(), weight.k()).unwrap();
+    out
+}
+
+/// Numbers below `count` in another order.
+fn shuffled(rng: &mut TestRng, count: usize) -> Vec<u32> {
+    let mut numbers: Vec<u32> = (0..count as u32).collect();
+    for index in (1..count).rev() {
+        numbers.swap(index, rng.below(index as u64 + 1) as usize);
+    }
+    numbers
+}
+
+pub(crate) fn qkv(rig: &mut Rig) {
+    for Sizes { tokens, hidden, heads, bias, .. } in cases(rig) {
+        let mut rng = TestRng::new(101);
+        let width = heads.qkv_width();
+        let layer = weight(rig, &mut rng, width, hidden);
+        let x = rig.filled(&rng.bf16s(tokens * hidden));
+        let bias = rig.filled(&if bias { rng.bf16s(width) } else { Vec::new() });
+        let contexts = 3 * PAGE;
+        let table = rig.filled(&rng.f32s(contexts * heads.width));
+        // Every seventh row and the last one are padding.
+        let positions: Vec<u32> = (0..tokens)
+            .map(|row| if row % 7 == 3 || row + 1 == tokens { u32::MAX } else { rng.below(contexts as u64) as u32 })
+            .collect();
+        let page_count = 3 * tokens + 1;
+        let pages = shuffled(&mut rng, page_count);
+        let row_tables: Vec<u32> = (0..tokens as u32).map(|row| row * 3).collect();
+        let (placed, row_tables, page_tables) = (rig.filled(&positions), rig.filled(&row_tables), rig.filled(&pages));
+        let empty = vec![bf16::NAN; page_count * heads.page_elements()];
+        let places =
+            Places { positions: placed.view(), row_tables: row_tables.view(), page_tables: page_tables.view() };
+        let device = rig.device.clone();
+
+        let mut expected = linear(rig, &x, &layer, tokens);
+        let (mut keys, mut values) = (rig.filled(&empty), rig.filled(&empty));
+        ops::rotary_kv_write(
+            &device,
+            &mut expected.view_mut(),
+            &bias.view(),
+            &table.view(),
+            places,
+            &mut PagesMut { keys: keys.view_mut(), values: values.view_mut() },
+            heads,
+        )
+        .unwrap();
+        let (expected, keys, values) = (rig.download(&expected), rig.download(&keys), rig.download(&values));
+
+        for block in BLOCKS {
+            let name = kernel(["tile_qkv_16", "tile_qkv_32", "tile_qkv_64"], block);
+            let mut queries = rig.filled(&vec![f32::NAN; tokens * width]);
+            let (mut new_keys, mut new_values) = (rig.filled(&empty), rig.filled(&empty));
+            ops::tile_qkv(
+                &device,
+                BlockTokens::Of(block),
+                &x.view(),
+                &layer,
+                &bias.view(),
+                &table.view(),
+                places,
+                &mut queries.view_mut(),
+                &mut PagesMut { keys: new_keys.view_mut(), values: new_values.view_mut() },
+                heads,
+            )
+            .unwrap();
+            let what = format!("{name}, {tokens} tokens of {hidden}, {heads:?}");
+            let queries = rig.read(name, &queries);
+            for row in 0..tokens {
+                let (found, wanted) = (&queries[row * width..][..width], &expected[row * width..][..width]);
+                let (found, rest) = found.split_at(heads.query_width());
+                if positions[row] == u32::MAX {
+                    assert!(found.iter().all(|value| value.is_nan()), "{what}: padding was written");
+                } else {
+                    assert_same(found, &wanted[..heads.query_width()], &what);
+                }
+                assert!(rest.iter().all(|value| value.is_nan()), "{what}: keys and values are not left here");
+            }
+            assert_same(&rig.read(name, &new_keys), &keys, &what);
+            assert_same(&rig.read(name, &new_values), &values, &what);
+        }
+    }
+}
+
+pub(crate) fn parts(rig: &mut Rig) {
+    for Sizes { tokens, ffn: outputs, hidden: part, .. } in cases(rig) {
+        for segments in rig.pick(&[1, 4][..], &[1, 2, 4]).iter().copied() {
+            let width = part * segments;
+            let mut rng = TestRng::new(102);
+            let rows = rng.bf16s(outputs * width);
+            let buffer = rig.device.alloc_from(&rows, MemoryKind::Weights, "weight").unwrap();
+            let layer = rig.device.prepare_weight(buffer, outputs, width, true).unwrap();
+            let x = rng.bf16s(tokens * width);
+            let device = rig.device.clone();
+
+            // Each segment's chain as an operation of its own.
+            let mut expected = Vec::new();
+            for segment in 0..segments {
+                let columns = |values: &[bf16]| -> Vec<bf16> {
+                    values.chunks(width).flat_map(|row| &row[segment * part..][..part]).copied().collect()
+                };
+                let (x, rows) = (rig.filled(&columns(&x)), rig.filled(&columns(&rows)));
+                let mut out = rig.unwritten::<f32>(tokens * outputs);
+                ops::linear_kernel(&device, &x.view(), &rows.view(), &mut out.view_mut(), part).unwrap();
+                expected.extend(rig.download(&out));
+            }
+
+            let x = rig.filled(&x);
+            for block in BLOCKS {
+                let name = kernel(["tile_parts_16", "tile_parts_32", "tile_parts_64"], block);
+                let mut out = rig.unwritten::<f32>(segments * tokens * outputs);
+                ops::tile_parts(&device, BlockTokens::Of(block), segments, &x.view(), &layer, &mut out.view_mut())
+                    .unwrap();
+                let what = format!("{name}, {tokens} tokens of {width} x {outputs} in {segments} segments");
+                assert_same(&rig.read(name, &out), &expected, &what);
+            }
+        }
+    }
+}
+
+pub(crate) fn gate_up(rig: &mut Rig) {
+    for Sizes { tokens, hidden, ffn, .. } in cases(rig) {
+        let mut rng = TestRng::new(103);
+        let layer = weight(rig, &mut rng, 2 * ffn, hidden);
+        let x = rig.filled(&rng.bf16s(tokens * hidden));
+        let mut both = rig.unwritten::<bf16>(tokens * 2 * ffn);
+        let device = rig.device.clone();
+        let rows = layer.rows().unwrap();
+        ops::linear_kernel(&device, &x.view(), &rows.as_slice(), &mut both.view_mut(), hidden).unwrap();
+        let mut expected = rig.unwritten::<bf16>(tokens * ffn);
+        ops::silu_mul(&device, &both.view(), &mut expected.view_mut(), ffn).unwrap();
+        let expected = rig.download(&expected);
+
+        for block in BLOCKS {
+            let name = kernel(["tile_gate_up_16", "tile_gate_up_32", "tile_gate_up_64"], block);
+            let mut out = rig.unwritten::<bf16>(tokens * ffn);
+            ops::tile_gate_up(&device, BlockTokens::Of(block), &x.view(), &layer, &mut out.view_mut()).unwrap();
+            assert_same(&rig.read(name, &out), &expected, &format!("{name}, {tokens} tokens of {hidden} x {ffn}"));
+        }
+    }
+}
+
+pub(crate) fn logits(rig: &mut Rig) {
+    for Sizes { tokens, hidden, vocab, .. } in cases(rig) {
+        let mut rng = TestRng::new(104);
+        let mut rows: Vec<bf16> = rng.bf16s(vocab * hidden);
+        // Equal logits: the best of a row are often two tokens, far from each other or near, of which the first counts.
+        let (half, near) = (vocab / 2 * hidden, hidden);
+        rows.copy_within(..half, half);
+        rows.copy_within(..near, 8 * near);
+        let buffer = rig.device.alloc_from(&rows, MemoryKind::Weights, "weight").unwrap();
+        let layer = rig.device.prepare_weight(buffer, vocab, hidden, true).unwrap();
+        let mut x = rng.bf16s(tokens * hidden);
+        // A row without a token, and one in which all are equal.
+        x[hidden..2 * hidden].fill(bf16::NAN);
+        x[2 * hidden..3 * hidden].fill(bf16::ZERO);
+        let x = rig.filled(&x);
+        let logits = linear(rig, &x, &layer, tokens);
+        let mut ids = rig.unwritten::<u32>(tokens);
+        let device = rig.device.clone();
+        ops::argmax(&device, &logits.view(), &mut ids.view_mut()).unwrap();
+        let (logits, ids) = (rig.download(&logits), rig.download(&ids));
+        assert_eq!((ids[1], ids[2]), (u32::MAX, 0));
+
+        for block in BLOCKS {
+            let name = kernel(["tile_logits_16", "tile_logits_32", "tile_logits_64"], block);
+            for wanted in [tokens * vocab, 0] {
+                let mut found = rig.unwritten::<f32>(wanted);
+                let mut best = rig.unwritten::<u64>(ops::tile_best_len(&device));
+                let mut chosen = rig.unwritten::<u32>(tokens);
+                ops::tile_logits(
+                    &device,
+                    BlockTokens::Of(block),
+                    &x.view(),
+                    &layer,
+                    &mut found.view_mut(),
+                    &mut best.view_mut(),
+                    &mut chosen.view_mut(),
+                )
+                .unwrap();
+                let what = format!("{name}, {tokens} tokens of {hidden} x {vocab}");
+                assert_same(&rig.read(name, &found), &logits[..wanted], &what);
+                assert_same(&rig.read("few_argmax", &chosen), &ids, &what);
+            }
+        }
+    }
+}
+
+/// Microseconds of each layer of a model of Qwen2.5-0.5B's shape, with more weights than the cache holds, beside the separate
+/// operations.
+#[test]
+#[ignore = "a measurement; needs a GPU"]
+fn speed() {
+    use std::time::Instant;
+    const LAYERS: usize = 24;
+    let rig = Rig::cuda();
+    let device = rig.device.clone();
+    let heads = HeadShape { query_heads: 14, kv_heads: 2, width: 64 };
+    let (hidden, ffn, vocab) = (896, 4864, 151_936);
+    let mut rng = TestRng::new(1);
+    let mut weights = |outputs: usize, inputs: usize, count: usize| -> Vec<Weight> {
+        (0..count).map(|_| weight(&rig, &mut rng, outputs, inputs)).collect()
+    };
+    let qkv = weights(heads.qkv_width(), hidden, LAYERS);
+    let output = weights(hidden, hidden, LAYERS);
+    let gate_up = weights(2 * ffn, hidden, LAYERS);
+    let down = weights(hidden, ffn, LAYERS);
+    let head = weights(vocab, hidden, 1);
+    println!("microseconds; blocks of 16, 32 and 64 tokens, the operation's choice, and the separate operations");
+    for tokens in [16, 32, 64, 128, 256] {
+        let mut rng = TestRng::new(2);
+        let x = rig.filled(&rng.bf16s(tokens * hidden));
+        let bias = rig.filled(&rng.bf16s(heads.qkv_width()));
+        let mut gated = rig.filled(&rng.bf16s(tokens * ffn));
+        let mut both = rig.unwritten::<bf16>(tokens * 2 * ffn);
+        let table = rig.filled(&rng.f32s(128 * 64));
+        let positions = rig.filled(&vec![100u32; tokens]);
+        let row_tables = rig.filled(&(0..tokens as u32).map(|row| 2 * row).collect::<Vec<_>>());
+        let page_tables = rig.filled(&(0..2 * tokens as u32).collect::<Vec<_>>());
+        let mut keys = rig.unwritten::<bf16>(2 * tokens * heads.page_elements());
+        let mut values = rig.unwritten::<bf16>(2 * tokens * heads.page_elements());
+        let mut queries = rig.unwritten::<f32>(tokens * heads.qkv_width());
+        let mut delta = rig.unwritten::<f32>(4 * tokens * hidden);
+        let mut best = rig.unwritten::<u64>(ops::tile_best_len(&device));
+        let mut ids = rig.unwritten::<u32>(tokens);
+        let mut logits = rig.unwritten::<f32>(tokens * vocab);
+        let places =
+            Places { positions: positions.view(), row_tables: row_tables.view(), page_tables: page_tables.view() };
+        let time = |per: usize, work: &mut dyn FnMut()| {
+            work();
+            let mut best = f64::INFINITY;
+            let mut recording = host::device::Recording::default();
+            for _ in 0..6 {
+                device.synchronize().unwrap();
+                let start = Instant::now();
+                for _ in 0..4 {
+                    device
+                        .replay(&mut recording, &mut || {
+                            work();
+                            Ok(())
+                        })
+                        .unwrap();
+                }
+                device.synchronize().unwrap();
+                best = best.min(start.elapsed().as_secs_f64() * 1e6 / (4 * per) as f64);
+            }
+            best
+        };
+        let report = |what: &str, times: [f64; 5]| {
+            let [a, b, c, chosen, apart] = times;
+            println!("{tokens:4} tokens, {what:16} {a:7.2} {b:7.2} {c:7.2}   {chosen:7.2}   {apart:7.2}");
+        };
+        let choices = [BlockTokens::Of(16), BlockTokens::Of(32), BlockTokens::Of(64), BlockTokens::Chosen];
+        /// The times of a layer in tiles, for each choice, and those of the operations that it replaces.
+        macro_rules! measure {
+            ($what:expr, $per:expr, |$block:ident, $layer:ident| $tile:expr, |$other:ident| $apart:expr) => {{
+                let mut times = [0.0; 5];
+                for (slot, $block) in choices.into_iter().enumerate() {
+                    times[slot] = time($per, &mut || {
+                        for $layer in 0..$per {
+                            $tile.unwrap();
+                        }
+                    });
+                }
+                times[4] = time($per, &mut || {
+                    for $other in 0..$per {
+                        $apart;
+                    }
+                });
+                report($what, times);
+            }};
+        }
+        macro_rules! pages {
+            () => {
+                &mut PagesMut { keys: keys.view_mut(), values: values.view_mut() }
+            };
+        }
+        measure!(
+            "qkv",
+            LAYERS,
+            |block, layer| ops::tile_qkv(
+                &device,
+                block,
+                &x.view(),
+                &qkv[layer],
+                &bias.view(),
+                &table.view(),
+                places,
+                &mut queries.view_mut(),
+                pages!(),
+                heads
+            ),
+            |layer| {
+                ops::linear(&device, &x.view(), &qkv[layer], &mut queries.view_mut()).unwrap();
+                let queries = &mut queries.view_mut();
+                ops::rotary_kv_write(&device, queries, &bias.view(), &table.view(), places, pages!(), heads).unwrap();
+            }
+        );
+        macro_rules! residual {
+            ($what:expr, $segments:expr, $x:expr, $weights:expr) => {
+                measure!(
+                    $what,
+                    LAYERS,
+                    |block, layer| {
+                        let mut delta = delta.view_mut();
+                        let mut parts = delta.slice_mut(..$segments * tokens * hidden).unwrap();
+                        ops::tile_parts(&device, block, $segments, &$x, &$weights[layer], &mut parts)
+                    },
+                    |layer| {
+                        let mut delta = delta.view_mut();
+                        let mut one = delta.slice_mut(..tokens * hidden).unwrap();
+                        ops::linear(&device, &$x, &$weights[layer], &mut one).unwrap();
+                    }
+                )
+            };
+        }
+        residual!("attention output", 1, x.view(), output);
+        measure!(
+            "gate and up",
+            LAYERS,
+            |block, layer| ops::tile_gate_up(&device, block, &x.view(), &gate_up[layer], &mut gated.view_mut()),
+            |layer| {
+                ops::linear(&device, &x.view(), &gate_up[layer], &mut both.view_mut()).unwrap();
+                ops::silu_mul(&device, &both.view(), &mut gated.view_mut(), ffn).unwrap();
+            }
+        );
+        for segments in [1, 2, 4] {
+            residual!(&format!("down in {segments}"), segments, gated.view(), down);
+        }
+        for len in [0, tokens * vocab] {
+            measure!(
+                if len == 0 { "head" } else { "head with logits" },
+                1,
+                |block, layer| {
+                    let mut logits = logits.view_mut();
+                    let mut wanted = logits.slice_mut(..len).unwrap();
+                    let (mut best, mut ids) = (best.view_mut(), ids.view_mut());
+                    ops::tile_logits(&device, block, &x.view(), &head[layer], &mut wanted, &mut best, &mut ids)
+                },
+                |layer| {
+                    ops::linear(&device, &x.view(), &head[layer], &mut logits.view_mut()).unwrap();
+                    ops::argmax(&device, &logits.view(), &mut ids.view_mut()).unwrap();
+                }
+            );
+        }
+    }
+}
