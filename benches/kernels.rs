@@ -14,8 +14,8 @@ use cuda_std::Element;
 use half::bf16;
 use host::device::{Buffer, CpuOptions, Device, DeviceError, KernelImage, KernelImages, MemoryKind, contract};
 use host::ops::{
-    self, DecodeScratch, HeadShape, PAGE, Pages, PagesMut, Pairing, Places, PrefillTiles, RowParameters, SampleParams,
-    Segment,
+    self, DecodeScratch, FEW, HeadShape, Norm, PAGE, Pages, PagesMut, Pairing, Places, PrefillTiles, RowParameters,
+    SampleParams, Segment,
 };
 use host::testing::TestRng;
 
@@ -52,7 +52,7 @@ impl Shape {
         let heads = HeadShape { query_heads: 14, kv_heads: 2, width: 64 };
         if device.is_cuda() {
             let (hidden, ffn, vocab) = (896, 4864, 151_936);
-            Self { hidden, ffn, vocab, heads, rows: vec![1, 64, 256], context: 1024, prompt: 4096 }
+            Self { hidden, ffn, vocab, heads, rows: vec![1, 8, 64, 256], context: 1024, prompt: 4096 }
         } else {
             let heads = HeadShape { query_heads: 4, ..heads };
             Self { hidden: 256, ffn: 512, vocab: 2048, heads, rows: vec![1, 8], context: 256, prompt: 128 }
@@ -151,6 +151,10 @@ fn bench(criterion: &mut Criterion, device: &Device, place: &'static str, cache_
     for &rows in &shape.rows {
         between_layers(rig, inputs, &shape, rows);
         linear_layers(rig, inputs, &shape, rows);
+        if rows <= FEW && ops::few_fits(device, shape.heads, shape.hidden, shape.ffn) {
+            few_layers(rig, inputs, &shape, rows);
+        }
+        // The fused layers of more rows than `FEW` have their cases here.
         attention(rig, inputs, &shape, rows);
         from_logits(rig, inputs, &shape, rows);
     }
@@ -254,6 +258,69 @@ fn linear_layers(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, rows
         ops::linear_plain(device, &x.as_slice(), &weight.as_slice(), &mut out.as_slice_mut(), k)
     });
     rig.bytes("linear_plain", format!("[{n}, {k}] x {rows}"), 2 * (rows * k + n * k) + 4 * rows * n, run);
+}
+
+/// The fused layers of a small batch: `few_qkv` and `few_gate_up` take their wide kernels from three rows on, `few_logits` has
+/// `few_argmax` behind it.
+fn few_layers(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, rows: usize) {
+    const EPS: f32 = 1e-6;
+    let Shape { hidden, ffn, vocab, heads, context, .. } = *shape;
+    let weight = |inputs: &mut Inputs<'_>, n: usize, k: usize| {
+        let rows = inputs.halves(n * k);
+        inputs.device.prepare_weight(rows, n, k, true).unwrap()
+    };
+    let bytes = |n: usize, k: usize| 2 * n * k;
+
+    let width = heads.qkv_width();
+    let (mut keys, mut values, tables, starts) = pages(inputs, heads, rows, context);
+    let (residual, gain, bias) = (inputs.floats(rows * hidden), inputs.halves(hidden), inputs.halves(width));
+    let (qkv, positions) = (weight(inputs, width, hidden), inputs.same(rows, context as u32 - 1));
+    let (angles, mut queries) = (inputs.floats(context * heads.width), inputs.same(rows * width, 0.0_f32));
+    let run: Run = Box::new(move |device| {
+        let places =
+            Places { positions: positions.as_slice(), row_tables: starts.as_slice(), page_tables: tables.as_slice() };
+        let mut pages = PagesMut { keys: keys.as_slice_mut(), values: values.as_slice_mut() };
+        let norm = Norm { gain: gain.as_slice(), eps: EPS };
+        let (bias, angles, queries) = (bias.as_slice(), angles.as_slice(), &mut queries.as_slice_mut());
+        ops::few_qkv(device, &residual.as_slice(), norm, &qkv, Some(&bias), &angles, places, queries, &mut pages, heads)
+    });
+    let written = heads.query_width() * 4 + 2 * heads.kv_heads * heads.width * 2;
+    rig.bytes("few_qkv", rows, bytes(width, hidden) + rows * (hidden * 4 + written), run);
+
+    let (residual, gain, mut out) =
+        (inputs.floats(rows * hidden), inputs.halves(hidden), inputs.same(rows * ffn, bf16::ZERO));
+    let gate_up = weight(inputs, 2 * ffn, hidden);
+    let run: Run = Box::new(move |device| {
+        let norm = Norm { gain: gain.as_slice(), eps: EPS };
+        ops::few_gate_up(device, &residual.as_slice(), norm, &gate_up, &mut out.as_slice_mut())
+    });
+    rig.bytes("few_gate_up", rows, bytes(2 * ffn, hidden) + rows * (hidden * 4 + ffn * 2), run);
+
+    for (layer, k) in [("attention output", heads.query_width()), ("down", ffn)] {
+        for segments in [1, 2, 4] {
+            if !k.is_multiple_of(64 * segments) {
+                continue;
+            }
+            let (x, weight) = (inputs.halves(rows * k), weight(inputs, hidden, k));
+            let mut residual = inputs.floats(rows * hidden);
+            let run: Run = Box::new(move |device| {
+                ops::few_residual_in(device, segments, &x.as_slice(), &weight, &mut residual.as_slice_mut())
+            });
+            let size = format!("{layer} [{hidden}, {k}] x {rows}");
+            rig.bytes(&format!("few_residual_{segments}"), size, bytes(hidden, k) + rows * (k * 2 + hidden * 8), run);
+        }
+    }
+
+    let (residual, gain, head) = (inputs.floats(rows * hidden), inputs.halves(hidden), weight(inputs, vocab, hidden));
+    let (mut best, mut ids) = (inputs.same(ops::best_len(rig.device), 0_u64), inputs.same(rows, 0_u32));
+    let mut unwanted = inputs.same(1, 0.0_f32);
+    let run: Run = Box::new(move |device| {
+        let norm = Norm { gain: gain.as_slice(), eps: EPS };
+        let (best, ids) = (&mut best.as_slice_mut(), &mut ids.as_slice_mut());
+        let logits = &mut unwanted.slice_mut(..0)?;
+        ops::few_logits(device, &residual.as_slice(), norm, &head, logits, best, ids)
+    });
+    rig.bytes("few_logits", rows, bytes(vocab, hidden) + rows * hidden * 4, run);
 }
 
 /// Pages of `rows` sequences of `context` tokens: keys, values, page tables, where each row's table starts.

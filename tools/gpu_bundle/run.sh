@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: runs the GPU tests, the references and the benchmark of a bundle that pack.sh made.
-#   tools/gpu_bundle/run.sh FOLDER [tests|references|full-size|bench|kernels|sanitize|all]...
-# Needs python3 with torch and transformers for the references, compute-sanitizer for `sanitize`.
+#   tools/gpu_bundle/run.sh FOLDER [tests|references|full-size|bench|kernels|profile|sass|sanitize|all]...
+# Needs python3 with torch and transformers for the references, compute-sanitizer for `sanitize`, ncu for `profile`, ptxas and
+# cuobjdump for `sass`. BATCHES names the batch sizes of `profile`.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 folder=$(realpath "$1")
@@ -34,7 +35,7 @@ for part in "$@"; do
         section references
         check python3 tools/reference/compare.py --bin "$folder/lockstep" --device cuda:0
     }
-    [ "$part" = bench ] || [ "$part" = full-size ] || [ "$part" = all ] && [ ! -d "$full_size" ] && {
+    [ "$part" = bench ] || [ "$part" = full-size ] || [ "$part" = profile ] || [ "$part" = all ] && [ ! -d "$full_size" ] && {
         section "making the full-size model"
         check python3 tools/reference/full_size.py --out "$full_size"
     }
@@ -47,6 +48,15 @@ for part in "$@"; do
         section kernels
         check env -C "$out" "$folder/kernels" --bench gpu/ >"$out/kernels.txt" 2>&1
         grep -v Benchmarking "$out/kernels.txt"
+    }
+    [ "$part" = profile ] && {
+        section profile
+        read -ra batches <<<"${BATCHES:-1 8 64 256}"
+        check tools/gpu_bundle/profile.sh "$folder/lockstep" "$full_size" "$out" "${batches[@]}"
+    }
+    [ "$part" = sass ] && {
+        section sass
+        check tools/gpu_bundle/sass.py --markdown "$out/sass.md"
     }
     [ "$part" = full-size ] || [ "$part" = all ] && {
         section "full size"

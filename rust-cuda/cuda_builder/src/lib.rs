@@ -17,6 +17,7 @@
 //! | `toolchain` | which compiler |
 //! | `compile` | the cargo that runs inside cargo |
 //! | `ptx` | entries, parameters, undefined calls in a PTX text |
+//! | `overlap`, `flow` | that kernels wait for their predecessors in time |
 //! | `source` | the hash of the kernel sources, and the kernels they declare |
 //! | `manifest` | what committed PTX says about itself |
 //! | `ptxas` | registers, shared memory and spills of each kernel |
@@ -25,7 +26,9 @@
 mod build;
 mod compile;
 mod error;
+mod flow;
 mod manifest;
+mod overlap;
 mod ptx;
 mod ptxas;
 mod source;
@@ -35,7 +38,8 @@ pub mod workspace;
 pub use build::{Builder, Built, Freshness, Module, Target};
 pub use error::Error;
 pub use manifest::{Manifest, ManifestKernel, ManifestTarget};
+pub use overlap::{EarlyUse, Overlap, overlap_faults, overlaps, parse_early_uses};
 pub use ptx::{Entry, add_block_sizes, entries, undefined_calls};
 pub use ptxas::{Ptxas, Usage, parse_usage};
-pub use source::{Sources, declared_kernels, sha256_hex};
+pub use source::{Sources, declared_kernels, declared_parameters, sha256_hex};
 pub use toolchain::{Search, Toolchain};

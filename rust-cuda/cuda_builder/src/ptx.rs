@@ -25,17 +25,17 @@ pub struct Entry {
 }
 
 /// An `.entry` or `.func`, by where it stands in the text.
-struct Function<'a> {
-    name: &'a str,
-    is_entry: bool,
+pub(crate) struct Function<'a> {
+    pub name: &'a str,
+    pub is_entry: bool,
     /// From the directive up to the `{` or `;`.
-    header: Range<usize>,
+    pub header: Range<usize>,
     /// Between the braces; `None` for a declaration.
-    body: Option<Range<usize>>,
+    pub body: Option<Range<usize>>,
 }
 
 /// Every function of the module, in order.
-fn functions(ptx: &str) -> Vec<Function<'_>> {
+pub(crate) fn functions(ptx: &str) -> Vec<Function<'_>> {
     let mut functions = Vec::new();
     let mut line_start = 0;
     while line_start < ptx.len() {

@@ -119,6 +119,22 @@ fn without_carriage_returns(mut bytes: Vec<u8>) -> Vec<u8> {
 /// # Errors
 /// A file cannot be read, an attribute has no function, a macro has no use, or two kernels share a name.
 pub fn declared_kernels(folder: &Path) -> Result<BTreeMap<String, String>, Error> {
+    Ok(declared(folder)?.into_iter().map(|(kernel, (place, _))| (kernel, place)).collect())
+}
+
+/// The parameters of every kernel that [`declared_kernels`] finds: name, and how many parameters of the PTX it is (2 for
+/// the pointer and length of a buffer).
+///
+/// # Errors
+/// As there.
+pub fn declared_parameters(folder: &Path) -> Result<BTreeMap<String, Vec<(String, usize)>>, Error> {
+    Ok(declared(folder)?.into_iter().map(|(kernel, (_, parameters))| (kernel, parameters)).collect())
+}
+
+/// Place and parameters.
+type Declared = (String, Vec<(String, usize)>);
+
+fn declared(folder: &Path) -> Result<BTreeMap<String, Declared>, Error> {
     let sources = Sources::new(folder.parent().unwrap_or(folder));
     let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let mut kernels = BTreeMap::new();
@@ -132,7 +148,9 @@ pub fn declared_kernels(folder: &Path) -> Result<BTreeMap<String, String>, Error
             if !["#[kernel", "#[cuda_std::kernel"].iter().any(|attribute| line.starts_with(attribute)) {
                 continue;
             }
-            let found = match lines[index..].iter().find_map(|line| function_name(line)) {
+            let function = (index..lines.len()).find(|at| function_name(lines[*at]).is_some()).unwrap_or(index);
+            let of_function = parameters(&lines[function..]);
+            let found = match function_name(lines[function]) {
                 Some("") => macro_uses(&lines, index),
                 Some(function) => vec![(index, function)],
                 None => Vec::new(),
@@ -143,13 +161,28 @@ pub fn declared_kernels(folder: &Path) -> Result<BTreeMap<String, String>, Error
             }
             for (line, function) in found {
                 let place = format!("{file}:{}", line + 1);
-                if let Some(other) = kernels.insert(function.to_owned(), place.clone()) {
+                if let Some((other, _)) = kernels.insert(function.to_owned(), (place.clone(), of_function.clone())) {
                     return Err(Error::Source(format!("kernel {function} is declared twice: {other} and {place}")));
                 }
             }
         }
     }
     Ok(kernels)
+}
+
+/// The parameters of the function whose text starts with these lines.
+fn parameters(lines: &[&str]) -> Vec<(String, usize)> {
+    let mut text = String::new();
+    for line in lines {
+        text.push_str(line.split("//").next().unwrap_or(""));
+        if text.contains(')') {
+            break;
+        }
+    }
+    let list = text.split_once('(').map_or("", |(_, rest)| rest.split(')').next().unwrap_or(""));
+    let words = |ty: &str| if ["In<", "Out<", "InOut<"].iter().any(|name| ty.starts_with(name)) { 2 } else { 1 };
+    let one = |text: &str| text.split_once(':').map(|(name, ty)| (name.trim().to_owned(), words(ty.trim())));
+    list.split(',').filter_map(one).collect()
 }
 
 /// The uses of the macro that line `inside` belongs to: line and first argument.
@@ -246,5 +279,12 @@ mod tests {
         fs::write(root.join("src/twice.rs"), format!("{text}sized!(sum_32, 1);\nsized!(sum_64, 2);\n")).unwrap();
         let kernels = declared_kernels(&root.join("src")).unwrap();
         assert_eq!((kernels.len(), kernels["sum_64"].as_str()), (4, "src/twice.rs:8"));
+
+        let with_parameters =
+            text.replace("$name()", "$name(\n    x: In<bf16>, // :\n    out: InOut<f32>,\n    n: u32,\n)");
+        fs::write(root.join("src/twice.rs"), format!("{with_parameters}sum!();\nsized!(sum_32, 1);\n")).unwrap();
+        let parameters = declared_parameters(&root.join("src")).unwrap();
+        assert_eq!(parameters["sum_32"], [("x".into(), 2), ("out".into(), 2), ("n".into(), 1)]);
+        assert_eq!((parameters["copy"].len(), parameters["scale_row"].as_slice()), (0, &[("x".to_owned(), 1)][..]));
     }
 }

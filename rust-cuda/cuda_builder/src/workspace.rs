@@ -9,11 +9,14 @@ use std::path::{Path, PathBuf};
 use crate::build::{missing_and_extra, write_committed};
 use crate::{
     Builder, Entry, Error, Freshness, Manifest, ManifestKernel, Module, Ptxas, Sources, Target, Usage,
-    declared_kernels, entries,
+    declared_kernels, declared_parameters, entries, overlap_faults, overlaps, parse_early_uses,
 };
 
 /// The folder of the committed PTX, from the repository's root.
 pub const COMMITTED: &str = "kernels-gpu/ptx";
+
+/// What kernels may do before they wait for the kernels ahead, from the repository's root.
+pub const EARLY_USES: &str = "kernels-gpu/overlap.txt";
 
 /// The GPUs whose PTX is committed. Drivers from 470 on load the first, from 525 on the second.
 #[must_use]
@@ -101,6 +104,13 @@ pub fn check(root: &Path, work: &Path) -> Result<String, Error> {
         Freshness::Fresh(manifest) => manifest,
         Freshness::Stale(reason) => return Err(refused(vec![format!("stale: {reason}"), REBUILD.to_owned()])),
     };
+    let mut faults = Vec::new();
+    for (target, ptx) in &committed {
+        faults.extend(early_faults(root, target, ptx)?.1);
+    }
+    if !faults.is_empty() {
+        return Err(refused(faults));
+    }
 
     let (toolchain, modules) = builder.compile()?;
     let same_compiler = toolchain.version == manifest.compiler;
@@ -178,6 +188,34 @@ fn compiled_faults(
     faults
 }
 
+/// How many kernels of a target's PTX overlap with those ahead, and what they do too early: see [`overlaps`].
+///
+/// # Errors
+/// The sources, or the table [`EARLY_USES`], do not read.
+pub fn early_faults(root: &Path, target: &Target, ptx: &str) -> Result<(usize, Vec<String>), Error> {
+    // Older GPUs run one kernel after the other.
+    if sm(target) < 90 {
+        return Ok((0, Vec::new()));
+    }
+    let path = root.join(EARLY_USES);
+    let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    let table = parse_early_uses(&text).map_err(|reason| Error::Source(format!("{EARLY_USES}, {reason}")))?;
+    let parameters = declared_parameters(&root.join("kernels-gpu/src"))?;
+    let cpu = &target.cpu;
+    let found = match overlaps(ptx) {
+        Ok(found) => found,
+        Err(reason) => return Ok((0, vec![format!("{cpu}: {reason}")])),
+    };
+    let faults = overlap_faults(&found, &table, &parameters);
+    Ok((found.len(), faults.into_iter().map(|fault| format!("{cpu}: {fault}")).collect()))
+}
+
+/// 90 of `sm_90a`.
+fn sm(target: &Target) -> u32 {
+    let digits: String = target.cpu.chars().filter(char::is_ascii_digit).collect();
+    digits.parse().unwrap_or(0)
+}
+
 /// Compiles the kernels for every GPU of [`gate_targets`] and assembles each with ptxas: a table, and the faults.
 ///
 /// # Errors
@@ -193,8 +231,15 @@ pub fn gate(root: &Path, work: &Path) -> Result<(String, Vec<String>), Error> {
         let usage = ptxas.report(&path, &module.target.cpu)?;
         table.push_str(&usage_table(&module.target, &usage));
         faults.extend(gate_faults(&declared, module, &usage));
+        let (overlapping, early) = early_faults(root, &module.target, &module.ptx)?;
+        let _ = writeln!(
+            table,
+            "{overlapping} kernels overlap with those ahead; {} of their uses are too early",
+            early.len()
+        );
+        faults.extend(early);
     }
-    let _ = write!(table, "{} kernels for {} GPUs", declared.len(), modules.len());
+    let _ = write!(table, "\n{} kernels for {} GPUs", declared.len(), modules.len());
     Ok((table, faults))
 }
 
@@ -410,6 +455,20 @@ pub(crate) mod tests {
         let faults = compiled_faults(&committed, &manifest, &modules, false);
         assert!(faults[0].starts_with("sm_90a.ptx: a kernel's parameters"), "{faults:?}");
         assert_eq!(compiled_faults(&committed, &Manifest::default(), &modules, false).len(), 4);
+    }
+
+    #[test]
+    fn kernels_wait_in_time_in_the_committed_ptx() {
+        let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."));
+        for (target, ptx) in read_committed(&root.join(COMMITTED)).unwrap() {
+            let (overlapping, faults) = early_faults(root, &target, &ptx).unwrap();
+            assert_eq!(faults, Vec::<String>::new());
+            assert_eq!(overlapping > 20, target.cpu == "sm_90a", "{overlapping} for {}", target.cpu);
+            // The same text, with no kernel that waits.
+            let never = ptx.replace("griddepcontrol.wait;", "");
+            let (overlapping_still, faults) = early_faults(root, &target, &never).unwrap();
+            assert!(overlapping_still <= overlapping && faults.len() >= overlapping, "{faults:?}");
+        }
     }
 
     #[test]

@@ -9,7 +9,8 @@ use cuda_builder::{Error, workspace};
 const USAGE: &str = "usage: ptx [--root DIR] (build | check | gate)
   build   compile the kernels and rewrite kernels-gpu/ptx
   check   compile the kernels aside; fail unless kernels-gpu/ptx is what they give
-  gate    compile for every GPU of the gate and assemble with ptxas; fail on a spill or a missing kernel
+  gate    compile for every GPU of the gate and assemble with ptxas; fail on a spill, a missing kernel, or one that waits
+          too late for the kernels ahead (so does check)
   --root  the repository (default: the one this program was built in)";
 
 fn main() -> ExitCode {
