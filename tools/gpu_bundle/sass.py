@@ -47,7 +47,7 @@ MEANT = {
     # The chain that the contract is defined by; cuBLASLt or the others above serve.
     "linear_bf16": ("HMMA", "ACQBULK"),
     "linear_f32": ("HMMA", "ACQBULK"),
-    "residual_norm": ("LDG.128", "STG.128", "ACQBULK"),
+    "residual_norm*": ("LDG.128", "STG.128", "ACQBULK"),
     "rms_norm": ("LDG.128", "STG.128", "ACQBULK"),
     "rotary_kv_write": ("LDG.128", "STG.128", "ACQBULK"),
     "silu_mul": ("LDG.64", "ACQBULK"),
@@ -57,8 +57,6 @@ MEANT = {
     "log_probs": ("ACQBULK",),
     "few_argmax": ("ACQBULK",),
 }
-# Patterns that need not match a kernel (yet).
-OPTIONAL = {"tile_*"}
 # Copies of these kernels to shared memory all have 16 bytes and leave L1 out.
 ONLY_WIDE = ("few_*", "tile_*", "attention_*")
 NEVER = ("LDL", "STL")
@@ -108,7 +106,7 @@ def faults(kernels, used):
     found = []
     for pattern, columns in MEANT.items():
         names = fnmatch.filter(kernels, pattern)
-        if not names and pattern not in OPTIONAL:
+        if not names:
             found.append(f"no kernel is named {pattern}")
         found += [f"{name} has no {column}" for name in sorted(names) for column in columns if not kernels[name][column]]
     for name, counts in sorted(kernels.items()):
