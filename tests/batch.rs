@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a step that fails is a test that fails")]
 
 mod devices;
+mod random_model;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -11,9 +12,10 @@ use std::sync::mpsc::channel;
 
 use host::device::{CpuOptions, Device};
 use host::engine::{CacheSize, Engine, EngineOptions, Event, EventSink, Refused, Request, Sampling, SubmitError};
-use host::model::{Model, Prefill, Step, StepLimits};
+use host::model::{DecodeWay, Model, Prefill, Step, StepLimits};
 use host::verify::rehearsal::{Running, ToChannel, TokenBits, alone, collect, request, watched_sampled};
 use host::verify::{self, Size};
+use random_model::Sizes;
 
 /// Eight pages: long enough for several, short enough to be filled.
 const CONTEXT: usize = 512;
@@ -27,9 +29,9 @@ fn options(model: &Model) -> EngineOptions {
     EngineOptions { cache: CacheSize::Bytes(128 << 20), ..EngineOptions::for_device(model.device()) }
 }
 
-fn no_request_can_tell_its_company(device: &Device, size: Size) {
+fn no_request_can_tell_its_company(model: &Arc<Model>, size: Size) {
     let mut lines = Vec::new();
-    let all = verify::batch(&demo(device), size, &mut |line| lines.push(line.clone())).unwrap();
+    let all = verify::batch(model, size, &mut |line| lines.push(line.clone())).unwrap();
     let failed: Vec<_> = lines.iter().filter(|line| !line.holds).collect();
     assert!(all && failed.is_empty(), "{failed:#?}");
     // Each subject has its line.
@@ -51,13 +53,24 @@ fn no_request_can_tell_its_company(device: &Device, size: Size) {
 
 #[test]
 fn no_request_can_tell_its_company_on_the_cpu() {
-    no_request_can_tell_its_company(&devices::cpu(), Size { company: 9, few: 3 });
+    no_request_can_tell_its_company(&demo(&devices::cpu()), Size { company: 9, few: 3 });
+}
+
+/// The steps that a GPU records and fuses, run by the executor, on a model so small that this takes seconds.
+#[test]
+fn no_request_can_tell_its_company_on_a_cpu_like_a_gpu() {
+    let folder = tempfile::tempdir().unwrap();
+    Sizes { hidden: 64, heads: 2, head_width: 32, ffn: 64 }.write(folder.path());
+    let device = devices::cpu_like_a_gpu();
+    let model = Arc::new(Model::load(&device, folder.path(), Some(CONTEXT), &mut |_, _| {}).unwrap());
+    assert_eq!([1, 9].map(|rows| model.decode_way(rows)), [Some(DecodeWay::Few), Some(DecodeWay::Tiles)]);
+    no_request_can_tell_its_company(&model, Size { company: 9, few: 3 });
 }
 
 #[test]
 #[ignore = "needs a GPU"]
 fn no_request_can_tell_its_company_on_the_gpu() {
-    no_request_can_tell_its_company(&devices::cuda(), Size::with_company(31));
+    no_request_can_tell_its_company(&demo(&devices::cuda()), Size::with_company(31));
 }
 
 /// Races, and reads of memory that nobody wrote: none, though requests share pages, join and leave.

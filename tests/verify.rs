@@ -2,15 +2,15 @@
 #![allow(clippy::unwrap_used, reason = "a step that fails is a test that fails")]
 
 mod devices;
+mod random_model;
 
 use std::path::Path;
 use std::sync::Arc;
 
-use half::bf16;
 use host::device::{CpuOptions, Device, LinearBackend};
 use host::model::{DecodeWay, Model};
-use host::testing::TestRng;
 use host::verify::{self, Goldens, Line};
+use random_model::Sizes;
 
 fn all_lines_hold(device: &Device, folder: &str) {
     every_line(device, &Path::new(env!("CARGO_MANIFEST_DIR")).join(folder));
@@ -26,61 +26,11 @@ fn every_line(device: &Device, folder: &Path) -> Vec<Line> {
     lines
 }
 
-/// Random weights, narrow and deep: the attention output and the down projection are both cut in four segments.
-fn write_narrow_deep_model(folder: &Path) {
-    const HIDDEN: usize = 128;
-    const DEEP: usize = 2048;
-    const VOCAB: usize = 272;
-    let config = serde_json::json!({
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "dtype": "bfloat16", "hidden_act": "silu",
-        "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": DEEP / 128, "num_key_value_heads": 2,
-        "head_dim": 128, "intermediate_size": DEEP, "vocab_size": VOCAB, "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 1024, "tie_word_embeddings": true, "use_sliding_window": false,
-        "bos_token_id": null, "eos_token_id": 258, "rope_theta": 10000.0,
-    });
-    let mut shapes = vec![
-        ("model.embed_tokens.weight".to_owned(), vec![VOCAB, HIDDEN]),
-        ("model.norm.weight".to_owned(), vec![HIDDEN]),
-    ];
-    for layer in 0..2 {
-        let mut tensor = |name: &str, shape: &[usize]| {
-            shapes.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
-        };
-        for norm in ["input_layernorm", "post_attention_layernorm"] {
-            tensor(&format!("{norm}.weight"), &[HIDDEN]);
-        }
-        for (name, rows) in [("q", DEEP), ("k", 256), ("v", 256)] {
-            tensor(&format!("self_attn.{name}_proj.weight"), &[rows, HIDDEN]);
-            tensor(&format!("self_attn.{name}_proj.bias"), &[rows]);
-        }
-        tensor("self_attn.o_proj.weight", &[HIDDEN, DEEP]);
-        tensor("mlp.gate_proj.weight", &[DEEP, HIDDEN]);
-        tensor("mlp.up_proj.weight", &[DEEP, HIDDEN]);
-        tensor("mlp.down_proj.weight", &[HIDDEN, DEEP]);
-    }
-    // A safetensors file: the length of its header, the header, the values.
-    let (mut header, mut bytes) = (serde_json::Map::new(), Vec::<u8>::new());
-    let mut rng = TestRng::new(61);
-    for (name, shape) in &shapes {
-        let (start, inputs) = (bytes.len(), *shape.last().unwrap() as f32);
-        for value in rng.bf16s(shape.iter().product()) {
-            // Layers keep the magnitude of what they are given; gains and biases are small numbers as they are.
-            let scale = if shape.len() == 1 { 1.0 } else { (3.0 / inputs).sqrt() };
-            bytes.extend(bf16::from_f32(value.to_f32() * scale).to_le_bytes());
-        }
-        let entry = serde_json::json!({"dtype": "BF16", "shape": shape, "data_offsets": [start, bytes.len()]});
-        header.insert(name.clone(), entry);
-    }
-    let header = serde_json::to_vec(&header).unwrap();
-    let file = [&(header.len() as u64).to_le_bytes()[..], &header, &bytes].concat();
-    std::fs::write(folder.join("model.safetensors"), file).unwrap();
-    std::fs::write(folder.join("config.json"), serde_json::to_vec(&config).unwrap()).unwrap();
-}
-
 /// Prefill, chunks and decode steps of a model whose layers are cut.
 fn a_model_in_segments_keeps_the_contract(device: &Device) {
+    // Narrow and deep: the attention output and the down projection are both cut in four segments.
     let folder = tempfile::tempdir().unwrap();
-    write_narrow_deep_model(folder.path());
+    Sizes { hidden: 128, heads: 16, head_width: 128, ffn: 2048 }.write(folder.path());
     let lines = every_line(device, folder.path());
     for layer in ["attention output [128, 2048] in 4 segments", "down [128, 2048] in 4 segments"] {
         assert!(lines.iter().any(|line| line.claim.starts_with(layer)), "{layer}: {lines:#?}");

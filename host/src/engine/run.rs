@@ -69,7 +69,8 @@ pub fn spawn(model: Arc<Model>, options: EngineOptions) -> Result<(Handle, JoinH
         scheduler.pool.shuffle_free(seed);
     }
     let clock = StepClock::new(&shared.device, options.time_steps)?;
-    let model_is_on_gpu = shared.device.is_cuda();
+    // Where steps are computed as on a GPU, they are launched as on one.
+    let model_is_like_on_gpu = shared.device.tensor_cores();
     let mut worker = Worker {
         model,
         cache,
@@ -84,7 +85,7 @@ pub fn spawn(model: Arc<Model>, options: EngineOptions) -> Result<(Handle, JoinH
         recount_due: false,
         residency_check: options.residency_check,
         poison: options.trial.poison,
-        goes_ahead: model_is_on_gpu || options.trial.ahead_anywhere,
+        goes_ahead: model_is_like_on_gpu || options.trial.ahead_anywhere,
         shared: shared.clone(),
     };
     worker.publish();

@@ -180,7 +180,7 @@ impl Sampler {
     /// How many of `count` rows of logits can be copied and drawn from at a time.
     fn rows_copied_at_once(&self, spare: usize, count: usize) -> Result<usize, DeviceError> {
         let needed = |rows: usize| {
-            let scratch = if self.device.is_cuda() { 2 * ops::sample_scratch_len(rows, self.vocab) } else { 0 };
+            let scratch = if self.device.tensor_cores() { 2 * ops::sample_scratch_len(rows, self.vocab) } else { 0 };
             (rows * self.vocab).next_multiple_of(4) + scratch
         };
         (1..=count).rev().find(|&rows| needed(rows) <= spare).ok_or_else(|| {
@@ -220,7 +220,7 @@ impl Sampler {
         spare: SliceMut<'_, f32>,
         first: usize,
     ) -> Result<(), DeviceError> {
-        let scratch = if self.device.is_cuda() {
+        let scratch = if self.device.tensor_cores() {
             Some(spare.cast()?.into_slice(..ops::sample_scratch_len(rows.len(), self.vocab))?)
         } else {
             None

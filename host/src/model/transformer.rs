@@ -15,8 +15,8 @@ use super::ways::Ways;
 use super::{Checkpoint, KvCache, ModelConfig};
 use crate::device::{Buffer, Device, DeviceError, MemoryKind, Slice, Weight, contract};
 use crate::ops::{
-    self, DecodeScratch, HeadShape, PAGE, PagesMut, Places, PrefillTiles, ROW_WORDS, RowParameters, SampleParams,
-    Segment,
+    self, DecodeBlocks, DecodeScratch, HeadShape, PAGE, PagesMut, Places, PrefillTiles, ROW_WORDS, RowParameters,
+    SampleParams, Segment,
 };
 
 /// A model on a device.
@@ -379,7 +379,7 @@ impl Model {
     ) -> Result<(), DeviceError> {
         let (device, vocab) = (&self.device, self.config.vocab);
         let Logits { values, spare } = arena.logits(rows * vocab)?;
-        let scratch = if device.is_cuda() {
+        let scratch = if device.tensor_cores() {
             Some(spare.cast()?.into_slice(..ops::sample_scratch_len(rows, vocab))?)
         } else {
             None
@@ -446,8 +446,10 @@ impl Model {
             let pages = cache.pages(index);
             for Group { rows, longest } in &groups {
                 let queries = rows.start * heads.qkv_width()..rows.end * heads.qkv_width();
-                ops::attention_decode(
+                // In the one layout that takes contexts of any length: what recorded steps choose is compared with it.
+                ops::attention_decode_in(
                     device,
+                    DecodeBlocks::PerSpan,
                     &qkv.as_slice().slice(queries)?,
                     pages,
                     &places.positions.slice(rows.clone())?,

@@ -82,9 +82,9 @@ pub fn sample_scratch_len(rows: usize, vocab: usize) -> usize {
 /// a copy of a row for penalties. With more, penalties take fewer launches.
 #[must_use]
 pub fn spare_for_choosing(device: &Device, rows: usize, vocab: usize) -> usize {
-    let scratch = |rows| if device.is_cuda() { 2 * sample_scratch_len(rows, vocab) } else { 0 };
+    let scratch = |rows| if device.tensor_cores() { 2 * sample_scratch_len(rows, vocab) } else { 0 };
     // On a CPU there is memory to copy all of them, and its cores share the rows of a launch.
-    let copies = if device.is_cuda() { 1 } else { rows };
+    let copies = if device.tensor_cores() { 1 } else { rows };
     scratch(rows).max(copies * vocab.next_multiple_of(4) + scratch(1))
 }
 

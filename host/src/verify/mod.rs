@@ -68,7 +68,7 @@ pub fn quick(model: &Model) -> Result<Vec<Line>, DeviceError> {
 /// # Errors
 /// The device's error.
 pub fn decode_ways(model: &Model, rows: &[usize]) -> Result<Vec<Line>, DeviceError> {
-    let checked = ways::check(model, rows)?;
+    let checked = ways::check(model, rows, 1)?;
     for (way, line) in checked.iter().filter(|(_, line)| !line.holds) {
         tracing::warn!(
             "{}: {}; such steps are computed otherwise from now on (slower, same answers)",
@@ -100,7 +100,7 @@ pub fn full(model: &Arc<Model>, report: &mut dyn FnMut(&Line)) -> Result<bool, D
         (&linear::QUICK[..5], &linear::QUICK[..5], &ways::QUICK[..6])
     };
     tell(linear::check(model, counts, head_counts)?);
-    tell(ways::check(model, rows)?.into_iter().map(|(_, line)| line).collect());
+    tell(ways::check(model, rows, ways::LENGTHS)?.into_iter().map(|(_, line)| line).collect());
     tell(sequence::prefill_is_decode(model)?);
     tell(sequence::runs_repeat(model)?);
     tell(vec![residency(model.device())]);

@@ -6,26 +6,31 @@ use crate::device::{DeviceError, MemoryKind};
 use crate::model::{Choosing, DecodeWay, KvCache, Model, Prefill, Step, StepLimits, Workspace};
 use crate::ops::{self, PAGE};
 
-/// Rows of the quick check: every kind of bucket, full and not.
-pub(super) const QUICK: [usize; 9] = [1, 2, 5, 8, 9, 31, 64, 100, 130];
+/// Rows of the quick check, which a server makes before it serves: every kind of kernel, with padding and without.
+pub(super) const QUICK: [usize; 6] = [1, 3, 8, 9, 33, 130];
 
 /// Rows of the full check.
 pub(super) const FULL: [usize; 14] = [1, 2, 3, 4, 5, 7, 8, 9, 16, 23, 64, 65, 130, 256];
 
-/// Full pages that all rows share: short contexts and some that are longer.
-const SHARED: [usize; 2] = [1, 5];
+/// Full pages that all rows share: contexts of two pages and of six. The quick check takes the longest that fits.
+const SHARED: [usize; LENGTHS] = [5, 1];
+
+/// Lengths of contexts that there are.
+pub(super) const LENGTHS: usize = 2;
 
 /// Steps that give each row a history of its own.
 const OWN: usize = 3;
 
-/// A line for each way that serves some of `counts`.
-pub(super) fn check(model: &Model, counts: &[usize]) -> Result<Vec<(DecodeWay, Line)>, DeviceError> {
+/// A line for each way that serves some of `counts`, at contexts of one length or of several. A model whose contexts are too
+/// short to be checked does not hold: what cannot be checked is not used.
+pub(super) fn check(model: &Model, counts: &[usize], lengths: usize) -> Result<Vec<(DecodeWay, Line)>, DeviceError> {
     let mut lines = Vec::new();
     for way in [DecodeWay::Few, DecodeWay::Tiles, DecodeWay::Recorded] {
         let counts: Vec<usize> = counts.iter().copied().filter(|&rows| model.decode_way(rows) == Some(way)).collect();
         let Some(&most) = counts.last() else { continue };
         let (mut wrong, mut values) = (0, 0);
-        for shared in SHARED.into_iter().filter(|shared| (shared + 1) * PAGE <= model.context_tokens()) {
+        let fits = |shared: &usize| (shared + 1) * PAGE <= model.context_tokens();
+        for shared in SHARED.into_iter().filter(fits).take(lengths) {
             let mut batch = Batch::new(model, most, shared)?;
             for &rows in &counts {
                 let (differing, compared) = batch.compare(rows, &|model, step, cache, workspace, greedy| {

@@ -32,8 +32,8 @@ use crate::device::{DeviceError, OutputType};
 const OPERATION_N: i32 = 0;
 const OPERATION_T: i32 = 1;
 
-/// How many algorithms the heuristic is asked for.
-const ALGORITHMS: usize = 16;
+/// How many algorithms the heuristic is asked for. Each that is timed costs the loading of its code.
+const ALGORITHMS: usize = 8;
 
 /// The library's handle and what it has been asked so far.
 pub(super) struct CublasLt {
@@ -412,7 +412,7 @@ impl CublasLt {
 impl Multiply {
     fn shape(&self) -> Shape {
         let Self { n, k, m, output, weight, x, out } = *self;
-        Shape { n, k, m, output, alignment: alignment(weight | x | out) }
+        Shape::new(n, k, m, output, weight | x | out)
     }
 }
 
