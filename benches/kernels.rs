@@ -14,8 +14,8 @@ use cuda_std::Element;
 use half::bf16;
 use host::device::{Buffer, CpuOptions, Device, DeviceError, KernelImage, KernelImages, MemoryKind, contract};
 use host::ops::{
-    self, DecodeScratch, FEW, HeadShape, Norm, PAGE, Pages, PagesMut, Pairing, Places, PrefillTiles, RowParameters,
-    SampleParams, Segment,
+    self, BlockTokens, DecodeScratch, FEW, HeadShape, Norm, PAGE, Pages, PagesMut, Pairing, Places, PrefillTiles,
+    RowParameters, SampleParams, Segment,
 };
 use host::testing::TestRng;
 
@@ -154,7 +154,9 @@ fn bench(criterion: &mut Criterion, device: &Device, place: &'static str, cache_
         if rows <= FEW && ops::few_fits(device, shape.heads, shape.hidden, shape.ffn) {
             few_layers(rig, inputs, &shape, rows);
         }
-        // The fused layers of more rows than `FEW` have their cases here.
+        if rows > FEW && ops::tiles_fits(device, shape.heads, shape.hidden, shape.ffn) {
+            tile_layers(rig, inputs, &shape, rows);
+        }
         attention(rig, inputs, &shape, rows);
         from_logits(rig, inputs, &shape, rows);
     }
@@ -282,7 +284,8 @@ fn few_layers(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, rows: u
         let mut pages = PagesMut { keys: keys.as_slice_mut(), values: values.as_slice_mut() };
         let norm = Norm { gain: gain.as_slice(), eps: EPS };
         let (bias, angles, queries) = (bias.as_slice(), angles.as_slice(), &mut queries.as_slice_mut());
-        ops::few_qkv(device, &residual.as_slice(), norm, &qkv, Some(&bias), &angles, places, queries, &mut pages, heads)
+        let residual = residual.as_slice();
+        ops::few_qkv(device, &residual, norm, &qkv, None, Some(&bias), &angles, places, queries, &mut pages, heads)
     });
     let written = heads.query_width() * 4 + 2 * heads.kv_heads * heads.width * 2;
     rig.bytes("few_qkv", rows, bytes(width, hidden) + rows * (hidden * 4 + written), run);
@@ -292,7 +295,7 @@ fn few_layers(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, rows: u
     let gate_up = weight(inputs, 2 * ffn, hidden);
     let run: Run = Box::new(move |device| {
         let norm = Norm { gain: gain.as_slice(), eps: EPS };
-        ops::few_gate_up(device, &residual.as_slice(), norm, &gate_up, &mut out.as_slice_mut())
+        ops::few_gate_up(device, &residual.as_slice(), norm, &gate_up, None, &mut out.as_slice_mut())
     });
     rig.bytes("few_gate_up", rows, bytes(2 * ffn, hidden) + rows * (hidden * 4 + ffn * 2), run);
 
@@ -304,7 +307,7 @@ fn few_layers(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, rows: u
             let (x, weight) = (inputs.halves(rows * k), weight(inputs, hidden, k));
             let mut residual = inputs.floats(rows * hidden);
             let run: Run = Box::new(move |device| {
-                ops::few_residual_in(device, segments, &x.as_slice(), &weight, &mut residual.as_slice_mut())
+                ops::few_residual_in(device, segments, &x.as_slice(), &weight, None, &mut residual.as_slice_mut())
             });
             let size = format!("{layer} [{hidden}, {k}] x {rows}");
             rig.bytes(&format!("few_residual_{segments}"), size, bytes(hidden, k) + rows * (k * 2 + hidden * 8), run);
@@ -321,6 +324,60 @@ fn few_layers(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, rows: u
         ops::few_logits(device, &residual.as_slice(), norm, &head, logits, best, ids)
     });
     rig.bytes("few_logits", rows, bytes(vocab, hidden) + rows * hidden * 4, run);
+}
+
+/// The layers of more rows by our own tiles, with what stands behind them; `tile_logits` has `few_argmax` behind it.
+fn tile_layers(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, rows: usize) {
+    const BLOCK: BlockTokens = BlockTokens::Chosen;
+    let Shape { hidden, ffn, vocab, heads, context, .. } = *shape;
+    let weight = |inputs: &mut Inputs<'_>, n: usize, k: usize| {
+        let rows = inputs.halves(n * k);
+        inputs.device.prepare_weight(rows, n, k, true).unwrap()
+    };
+    let bytes = |n: usize, k: usize| 2 * n * k;
+
+    let width = heads.qkv_width();
+    let (mut keys, mut values, tables, starts) = pages(inputs, heads, rows, context);
+    let (x, bias, qkv) = (inputs.halves(rows * hidden), inputs.halves(width), weight(inputs, width, hidden));
+    let positions = inputs.same(rows, context as u32 - 1);
+    let (angles, mut queries) = (inputs.floats(context * heads.width), inputs.same(rows * width, 0.0_f32));
+    let run: Run = Box::new(move |device| {
+        let places =
+            Places { positions: positions.as_slice(), row_tables: starts.as_slice(), page_tables: tables.as_slice() };
+        let mut pages = PagesMut { keys: keys.as_slice_mut(), values: values.as_slice_mut() };
+        let (x, bias, angles) = (x.as_slice(), bias.as_slice(), angles.as_slice());
+        let queries = &mut queries.as_slice_mut();
+        ops::tile_qkv(device, BLOCK, &x, &qkv, &bias, &angles, places, queries, &mut pages, heads)
+    });
+    let written = heads.query_width() * 4 + 2 * heads.kv_heads * heads.width * 2;
+    rig.bytes("tile_qkv", rows, bytes(width, hidden) + rows * (hidden * 2 + written), run);
+
+    for (layer, k) in [("attention output", heads.query_width()), ("down", ffn)] {
+        let segments = contract::segments(hidden, k);
+        let (x, weight) = (inputs.halves(rows * k), weight(inputs, hidden, k));
+        let mut parts = inputs.same(segments * rows * hidden, 0.0_f32);
+        let run: Run = Box::new(move |device| {
+            ops::tile_parts(device, BLOCK, segments, &x.as_slice(), &weight, &mut parts.as_slice_mut())
+        });
+        let size = format!("{layer} [{hidden}, {k}] in {segments} x {rows}");
+        rig.bytes("tile_parts", size, bytes(hidden, k) + rows * (k * 2 + segments * hidden * 4), run);
+    }
+
+    let (x, gate_up) = (inputs.halves(rows * hidden), weight(inputs, 2 * ffn, hidden));
+    let mut out = inputs.same(rows * ffn, bf16::ZERO);
+    let run: Run =
+        Box::new(move |device| ops::tile_gate_up(device, BLOCK, &x.as_slice(), &gate_up, &mut out.as_slice_mut()));
+    rig.bytes("tile_gate_up", rows, bytes(2 * ffn, hidden) + rows * (hidden + ffn) * 2, run);
+
+    let (x, head) = (inputs.halves(rows * hidden), weight(inputs, vocab, hidden));
+    let (mut best, mut ids) = (inputs.same(ops::tile_best_len(rig.device), 0_u64), inputs.same(rows, 0_u32));
+    let mut unwanted = inputs.same(1, 0.0_f32);
+    let run: Run = Box::new(move |device| {
+        let (best, ids) = (&mut best.as_slice_mut(), &mut ids.as_slice_mut());
+        let logits = &mut unwanted.slice_mut(..0)?;
+        ops::tile_logits(device, BLOCK, &x.as_slice(), &head, logits, best, ids)
+    });
+    rig.bytes("tile_logits", rows, bytes(vocab, hidden) + rows * hidden * 2, run);
 }
 
 /// Pages of `rows` sequences of `context` tokens: keys, values, page tables, where each row's table starts.

@@ -16,7 +16,7 @@
 //! | `gather_rows` | the rows whose logits are needed |
 //! | `penalties`, `argmax`, `sample`, `log_probs` | from logits to a token (`rank`, `distance`, `row_parameters`, `philox`, `quads`: their parts) |
 //! | `candidates`, `masses`, `choose` | `sample`, fast on a GPU |
-//! | `few` | the linear layers of few tokens, fused with their neighbours |
+//! | `few` | what the linear layers of few tokens share; each is fused with its neighbours in `few_qkv`, `few_residual`, `few_gate_up`, `few_logits` |
 //! | `tiles` | the linear layers of many tokens, with what stands behind them: `tile_qkv`, `tile_parts`, `tile_gate_up`, `tile_logits` |
 //! | `differing` | bit comparison, for the self-test |
 #![cfg_attr(target_arch = "nvptx64", no_std)]
@@ -38,6 +38,10 @@ pub mod differing;
 pub mod distance;
 pub mod embedding;
 pub mod few;
+pub mod few_gate_up;
+pub mod few_logits;
+pub mod few_qkv;
+pub mod few_residual;
 pub mod gather_rows;
 pub mod kv_write;
 pub mod linear;
@@ -86,15 +90,15 @@ pub const KERNELS: &[&cuda_std::launch::KernelDesc] = &[
     differing::differing_bf16::KERNEL,
     differing::differing_f32::KERNEL,
     embedding::embedding::KERNEL,
-    few::few_argmax::KERNEL,
-    few::few_gate_up::KERNEL,
-    few::few_gate_up_wide::KERNEL,
-    few::few_logits::KERNEL,
-    few::few_qkv::KERNEL,
-    few::few_qkv_wide::KERNEL,
-    few::few_residual_1::KERNEL,
-    few::few_residual_2::KERNEL,
-    few::few_residual_4::KERNEL,
+    few_logits::few_argmax::KERNEL,
+    few_gate_up::few_gate_up::KERNEL,
+    few_gate_up::few_gate_up_wide::KERNEL,
+    few_logits::few_logits::KERNEL,
+    few_qkv::few_qkv::KERNEL,
+    few_qkv::few_qkv_wide::KERNEL,
+    few_residual::few_residual_1::KERNEL,
+    few_residual::few_residual_2::KERNEL,
+    few_residual::few_residual_4::KERNEL,
     gather_rows::gather_rows::KERNEL,
     kv_write::kv_write::KERNEL,
     linear::linear_bf16::KERNEL,

@@ -129,7 +129,7 @@ fn tile_logits<
 macro_rules! logits_kernel {
     ($name:ident, $threads:tt, $layout:ident) => {
         /// The head. Logits are written where wanted, and the first token of the order of [`crate::rank`] of each block's
-        /// share of the vocabulary in any case, for [`crate::few::few_argmax()`].
+        /// share of the vocabulary in any case, for [`few_argmax`](crate::few_logits::few_argmax()).
         ///
         /// - `x`: bf16 \[M, K\]; `weight`: bf16 \[V, K\]; `logits`: f32 \[M, V\], or empty; `best`: u64 \[blocks, M\].
         /// - grid (ceil(M / tokens), blocks), at most ceil(V / outputs) blocks, tokens and outputs of the layout; a block

@@ -45,7 +45,7 @@ pub(super) struct LayerValues<'a> {
 pub struct Logits<'a> {
     /// \[R, V\].
     pub values: SliceMut<'a, f32>,
-    /// Nobody's until the next step: for R rows at least what [`spare_for_choosing`] says.
+    /// Nobody's until the next step: for R rows at least what [`spare_for_choosing`](crate::ops::spare_for_choosing) says.
     pub spare: SliceMut<'a, f32>,
 }
 

@@ -3,7 +3,7 @@
 
 use cuda_std::launch::Grid;
 use half::bf16;
-use kernels_gpu::few;
+use kernels_gpu::{few, few_gate_up, few_logits, few_qkv, few_residual};
 
 use super::attention::PagesMut;
 use super::{HeadShape, expect, size};
@@ -32,7 +32,7 @@ pub struct Norm<'a> {
     pub eps: f32,
 }
 
-/// Elements of the head's scratch: [`few_logits`]'s `best`.
+/// Elements of the head's scratch: [`few_logits()`]'s `best`.
 #[must_use]
 pub fn best_len(device: &Device) -> usize {
     logits_blocks(device) * FEW
@@ -48,13 +48,13 @@ fn logits_blocks(device: &Device) -> usize {
 pub fn few_fits(device: &Device, heads: HeadShape, hidden: usize, ffn: usize) -> bool {
     let (attended, down) = (heads.query_width(), contract::segments(hidden, ffn));
     let output = contract::segments(hidden, attended);
-    let residual = |width, segments| shared_bytes(FEW, width, few::residual_layout(segments)) + segments * 512;
+    let residual = |width, segments| shared_bytes(FEW, width, few_residual::residual_layout(segments)) + segments * 512;
     let most = [
-        shared_bytes(FEW, hidden, few::QKV),
-        shared_bytes(FEW, hidden, few::GATE_UP),
+        shared_bytes(FEW, hidden, few_qkv::QKV),
+        shared_bytes(FEW, hidden, few_gate_up::GATE_UP),
         residual(attended, output),
         residual(ffn, down),
-        shared_bytes(FEW, hidden, few::LOGITS) + 256,
+        shared_bytes(FEW, hidden, few_logits::LOGITS) + 256,
     ];
     hidden.is_multiple_of(few::STAGE)
         && attended.is_multiple_of(few::STAGE * output)
@@ -125,8 +125,8 @@ pub fn few_qkv(
         )
     })?;
     let none = norm.gain.slice(..0)?;
-    let grid = grid(NAME, (outputs / 16).div_ceil(few::QKV.warps), tokens, width, few::QKV)?;
-    let kernel = if tokens <= few::NARROW { few::few_qkv::launch } else { few::few_qkv_wide::launch };
+    let grid = grid(NAME, (outputs / 16).div_ceil(few_qkv::QKV.warps), tokens, width, few_qkv::QKV)?;
+    let kernel = if tokens <= few::NARROW { few_qkv::few_qkv::launch } else { few_qkv::few_qkv_wide::launch };
     device.launch(
         kernel(
             residual,
@@ -153,7 +153,7 @@ pub fn few_qkv(
 }
 
 /// Normalises `residual` \[T, C\], computes gate and up, and leaves silu(gate) * up in `out` \[T, F\]. `ahead` as in
-/// [`few_qkv`].
+/// [`few_qkv()`].
 ///
 /// # Errors
 /// A shape that does not fit, or the launch's error.
@@ -177,8 +177,9 @@ pub fn few_gate_up(
     expect(shaped, NAME, || {
         format!("residual {}, weight {} x {width}, out {}", residual.len(), weight.n(), out.len())
     })?;
-    let grid = grid(NAME, (ffn / 8).div_ceil(few::GATE_UP.warps), tokens, width, few::GATE_UP)?;
-    let kernel = if tokens <= few::NARROW { few::few_gate_up::launch } else { few::few_gate_up_wide::launch };
+    let grid = grid(NAME, (ffn / 8).div_ceil(few_gate_up::GATE_UP.warps), tokens, width, few_gate_up::GATE_UP)?;
+    let kernel =
+        if tokens <= few::NARROW { few_gate_up::few_gate_up::launch } else { few_gate_up::few_gate_up_wide::launch };
     device.launch(
         kernel(
             residual,
@@ -195,7 +196,7 @@ pub fn few_gate_up(
     )
 }
 
-/// `residual` \[T, C\] += `x` \[T, K\] times the weight, whose K is cut as the contract says. `ahead` as in [`few_qkv`].
+/// `residual` \[T, C\] += `x` \[T, K\] times the weight, whose K is cut as the contract says. `ahead` as in [`few_qkv()`].
 ///
 /// # Errors
 /// A shape that does not fit, or the launch's error.
@@ -209,7 +210,7 @@ pub fn few_residual(
     few_residual_in(device, contract::segments(weight.n(), weight.k()), x, weight, ahead, residual)
 }
 
-/// As [`few_residual`], with K in 1, 2 or 4 segments.
+/// As [`few_residual()`], with K in 1, 2 or 4 segments.
 ///
 /// # Errors
 /// As for that.
@@ -226,15 +227,15 @@ pub fn few_residual_in(
     let tokens = x.len() / width;
     check(NAME, tokens, width)?;
     let kernel = match segments {
-        1 => few::few_residual_1::launch,
-        2 => few::few_residual_2::launch,
-        4 => few::few_residual_4::launch,
+        1 => few_residual::few_residual_1::launch,
+        2 => few_residual::few_residual_2::launch,
+        4 => few_residual::few_residual_4::launch,
         _ => return Err(DeviceError::InvalidParameter(format!("{NAME}: 1, 2 or 4 segments, not {segments}"))),
     };
     let shaped =
         x.len() == tokens * width && residual.len() == tokens * outputs && width.is_multiple_of(few::STAGE * segments);
     expect(shaped, NAME, || format!("x {}, weight {outputs} x {width}, residual {}", x.len(), residual.len()))?;
-    let grid = grid(NAME, outputs.div_ceil(16), tokens, width, few::residual_layout(segments))?;
+    let grid = grid(NAME, outputs.div_ceil(16), tokens, width, few_residual::residual_layout(segments))?;
     let (tokens, outputs, width) = (size(NAME, tokens)?, size(NAME, outputs)?, size(NAME, width)?);
     device.launch(kernel(x, &weight.rows()?.as_slice(), &asked(weight, ahead)?, residual, tokens, outputs, width), grid)
 }
@@ -266,9 +267,9 @@ pub fn few_logits(
     expect(shaped, NAME, || {
         format!("residual {}, weight {vocab} x {width}, logits {}, ids {}", residual.len(), logits.len(), ids.len())
     })?;
-    let grid = grid(NAME, blocks, tokens, width, few::LOGITS)?;
+    let grid = grid(NAME, blocks, tokens, width, few_logits::LOGITS)?;
     device.launch(
-        few::few_logits::launch(
+        few_logits::few_logits::launch(
             residual,
             &norm.gain,
             &weight.rows()?.as_slice(),
@@ -281,5 +282,8 @@ pub fn few_logits(
         ),
         grid,
     )?;
-    device.launch(few::few_argmax::launch(&best.as_slice(), ids, size(NAME, FEW)?), Grid::new_1d(size(NAME, tokens)?))
+    device.launch(
+        few_logits::few_argmax::launch(&best.as_slice(), ids, size(NAME, FEW)?),
+        Grid::new_1d(size(NAME, tokens)?),
+    )
 }

@@ -4,7 +4,7 @@
 use cuda_std::launch::Grid;
 use half::bf16;
 use kernels_gpu::tiles::{Layout, STAGE};
-use kernels_gpu::{few, tile_gate_up, tile_logits, tile_parts, tile_qkv};
+use kernels_gpu::{few_logits, tile_gate_up, tile_logits, tile_parts, tile_qkv};
 
 use super::attention::PagesMut;
 use super::few::Places;
@@ -261,5 +261,5 @@ pub fn tile_logits(
     let grid = grid(NAME, layout, tokens, blocks, 1)?;
     let (columns, vocab, width) = (size(NAME, tokens)?, size(NAME, vocab)?, size(NAME, width)?);
     device.launch(kernel(x, &weight.rows()?.as_slice(), logits, &mut best, columns, vocab, width), grid)?;
-    device.launch(few::few_argmax::launch(&best.as_slice(), ids, columns), Grid::new_1d(columns))
+    device.launch(few_logits::few_argmax::launch(&best.as_slice(), ids, columns), Grid::new_1d(columns))
 }

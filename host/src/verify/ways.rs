@@ -99,7 +99,7 @@ impl<'a> Batch<'a> {
         model.forward_plain(&step, &mut cache, &mut workspace)?;
         let mut batch = Self { model, cache, workspace, shared };
         for place in 0..OWN {
-            batch.step(rows, place, |model, step, cache, workspace| model.forward_plain(step, cache, workspace))?;
+            batch.step(rows, place, Model::forward_plain)?;
         }
         Ok(batch)
     }
@@ -141,7 +141,7 @@ impl<'a> Batch<'a> {
         let vocab = self.model.config().vocab;
         let (mut wrong, mut values) = (0, 0);
 
-        self.step(rows, OWN, |model, step, cache, workspace| model.forward_plain(step, cache, workspace))?;
+        self.step(rows, OWN, Model::forward_plain)?;
         let mut expected = device.alloc_unwritten::<f32>(rows * vocab, MemoryKind::Other, "self-test expectation")?;
         device.copy(self.workspace.logits(rows)?, expected.slice_mut(..)?)?;
         let mut likeliest = device.alloc_unwritten::<u32>(rows, MemoryKind::Other, "self-test expectation")?;
