@@ -23,7 +23,8 @@ pub const GROUP: usize = 8;
 ///   side: where 8 rows are the tokens of an aligned eighth of a page, they are one store.
 /// - bytes: 8 per element of a query, 6 of a key or a value, and 4 D per row of the table.
 /// - the caller: D is a multiple of 32, H + 2 G heads in a row, addresses are multiples of 16; T (H + G) D fits 32 bits; the
-///   pages of every position are in the tables, no two rows share a position of a sequence. A row whose position is
+///   pages of every position are in the tables, no two rows share a position of a sequence; pages are fewer
+///   than 2^26. A row whose position is
 ///   `u32::MAX` is padding: nothing of it is stored, and its row table is any number. Read before the kernels ahead have ended: all but `qkv`.
 #[kernel(block = 128, min_blocks = 6)]
 pub fn rotary_kv_write(
@@ -148,50 +149,65 @@ fn rotate(qkv: InOut<f32>, bias: In<bf16>, table: In<f32>, pages: Pages, key_pag
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 fn write_values(qkv: InOut<f32>, bias: In<bf16>, pages: Pages, value_pages: Out<bf16>, heads: u32, index: u32) {
-    const NOWHERE: usize = usize::MAX;
+    const NOWHERE: u32 = u32::MAX;
     let Pages { positions, row_tables, page_tables, kv_heads, head_width } = pages;
     let kv_width = kv_heads * head_width;
     let (first_row, column) = ((index / kv_width) as usize * GROUP, index % kv_width);
     let (kv_head, d) = (column / head_width, (column % head_width) as usize);
     let rows = positions.len();
 
-    // The rows around the thread's own, one for each lane, whose first eight stand before them: which ones follow the row
-    // before them, and which ones start an aligned eighth of a page whose tokens are all there, one after the other. A warp
-    // has one set of rows, because rows of values are multiples of 32. Each lane looks up its own row's page, so that the
-    // warp makes two trips to memory and not three for each row.
-    let lane = thread::lane_id() as usize;
-    let row = (first_row + lane).wrapping_sub(GROUP);
-    let (position, start) = if row < rows { (positions.get(row), row_tables.get(row)) } else { (u32::MAX, 0) };
-    let present = position != u32::MAX;
-    let page = if present { page_tables.get(start as usize + position as usize / PAGE) } else { 0 };
-    // The first lane has nobody before it, and nobody asks whether it follows.
-    let (before, start_before) =
-        (warp::shuffle_u32(position, lane as u32 + 31), warp::shuffle_u32(start, lane as u32 + 31));
-    let follows = warp::ballot(
-        present && lane > 0 && before.wrapping_add(1) == position && position > 0 && start == start_before,
-    );
-    let whole = warp::ballot(
-        present
-            && (position as usize).is_multiple_of(GROUP)
-            && lane < 3 * GROUP
-            && (follows >> (lane + 1)) & 0x7f == 0x7f,
-    );
-
-    // Each row belongs to one such eighth or goes alone. The eighth that starts among the thread's rows is the thread's.
-    let target = |lane: u32| {
-        let (position, page) = (warp::shuffle_u32(position, lane), warp::shuffle_u32(page, lane));
-        if position == u32::MAX { NOWHERE } else { pages.start(page, kv_head) + d * PAGE + position as usize % PAGE }
-    };
+    // Where each row's entries go, a page and a token of it in one number, or nowhere; and which of the thread's rows is the
+    // first of an aligned eighth of a page whose tokens are all there, one after the other. Each row belongs to one such
+    // eighth or goes alone. The eighth that starts among the thread's rows is the thread's.
+    let place = |position: u32, page: u32| page * PAGE as u32 + position % PAGE as u32;
+    let mut places = [NOWHERE; GROUP];
+    let mut whole = 0;
+    if rows < GROUP {
+        for i in 0..GROUP {
+            if first_row + i < rows {
+                let (position, start) = (positions.get(first_row + i), row_tables.get(first_row + i));
+                if position != u32::MAX {
+                    places[i] = place(position, page_tables.get(start as usize + position as usize / PAGE));
+                }
+            }
+        }
+    } else {
+        // The rows around the thread's own, one for each lane, whose first eight stand before them: which ones follow the
+        // row before them, and which ones start an eighth. A warp has one set of rows, because rows of values are multiples
+        // of 32. Each lane looks up its own row's page, so that the warp makes two trips to memory and not three for each
+        // row.
+        let lane = thread::lane_id() as usize;
+        let row = (first_row + lane).wrapping_sub(GROUP);
+        let (position, start) = if row < rows { (positions.get(row), row_tables.get(row)) } else { (u32::MAX, 0) };
+        let present = position != u32::MAX;
+        let own =
+            if present { place(position, page_tables.get(start as usize + position as usize / PAGE)) } else { NOWHERE };
+        // The first lane has nobody before it, and nobody asks whether it follows.
+        let (before, start_before) =
+            (warp::shuffle_u32(position, lane as u32 + 31), warp::shuffle_u32(start, lane as u32 + 31));
+        let follows = warp::ballot(
+            present && lane > 0 && before.wrapping_add(1) == position && position > 0 && start == start_before,
+        );
+        whole = warp::ballot(
+            present
+                && (position as usize).is_multiple_of(GROUP)
+                && lane < 3 * GROUP
+                && (follows >> (lane + 1)) & 0x7f == 0x7f,
+        );
+        for i in 0..GROUP {
+            places[i] = warp::shuffle_u32(own, (GROUP + i) as u32);
+        }
+    }
+    let target = |place: u32| pages.start(place / PAGE as u32, kv_head) + d * PAGE + place as usize % PAGE;
     let own = (whole >> GROUP) & 0xff;
-    let group_row = first_row + own.trailing_zeros() as usize % GROUP;
-    let group = target((GROUP + group_row - first_row) as u32);
-    let group = if own == 0 { NOWHERE } else { group };
-    let mut alone = [NOWHERE; GROUP];
+    let group_index = own.trailing_zeros() as usize % GROUP;
+    let mut group = NOWHERE;
     for i in 0..GROUP {
-        let target = target((GROUP + i) as u32);
-        // Rows that are not there are padding.
-        if (whole >> (i + 1)) & 0xff == 0 {
-            alone[i] = target;
+        if own != 0 && i == group_index {
+            group = places[i];
+        }
+        if (whole >> (i + 1)) & 0xff != 0 {
+            places[i] = NOWHERE;
         }
     }
     let value_column = ((heads + kv_heads) * head_width + column) as usize;
@@ -204,18 +220,18 @@ fn write_values(qkv: InOut<f32>, bias: In<bf16>, pages: Pages, value_pages: Out<
     let mut values = [0.0f32; GROUP];
     if group != NOWHERE {
         for i in 0..GROUP {
-            values[i] = load(group_row + i);
+            values[i] = load(first_row + group_index + i);
         }
-        value_pages.store(group, values.map(rounded));
+        value_pages.store(target(group), values.map(rounded));
     }
     for i in 0..GROUP {
-        if alone[i] != NOWHERE {
+        if places[i] != NOWHERE {
             values[i] = load(first_row + i);
         }
     }
     for i in 0..GROUP {
-        if alone[i] != NOWHERE {
-            value_pages.set(alone[i], rounded(values[i]));
+        if places[i] != NOWHERE {
+            value_pages.set(target(places[i]), rounded(values[i]));
         }
     }
 }

@@ -446,10 +446,15 @@ impl Model {
             let pages = cache.pages(index);
             for Group { rows, longest } in &groups {
                 let queries = rows.start * heads.qkv_width()..rows.end * heads.qkv_width();
-                // In the one layout that takes contexts of any length: what recorded steps choose is compared with it.
+                // Where steps are recorded, in the one layout that takes contexts of any length: what they choose is compared
+                // with it. Elsewhere in the faster one.
+                let blocks = match device.tensor_cores() {
+                    true => DecodeBlocks::PerSpan,
+                    false => DecodeBlocks::for_spans(longest.div_ceil(PAGE), heads),
+                };
                 ops::attention_decode_in(
                     device,
-                    DecodeBlocks::PerSpan,
+                    blocks,
                     &qkv.as_slice().slice(queries)?,
                     pages,
                     &places.positions.slice(rows.clone())?,

@@ -170,7 +170,8 @@ pub fn rotary_kv_write(
         && places.row_tables.len() == rows
         && qkv.len() == rows * stride
         && (bias.is_empty() || bias.len() == stride)
-        && pages.keys.len() == pages.values.len();
+        && pages.keys.len() == pages.values.len()
+        && pages.keys.len() / heads.page_elements() < 1 << 26;
     expect(shaped, NAME, || {
         format!(
             "qkv [{rows}, {stride}] of {}, bias {}, row tables {}, pages {} and {}",
