@@ -91,7 +91,10 @@ pub(crate) fn load(source: &ModelArguments, folder: &Path, context_tokens: Optio
     let device = open(source, folder)?;
     let mut progress = Progress::on_stderr(format!("loading {}", model_folder::name(folder)));
     let model = Model::load(&device, folder, context_tokens, &mut |done, total| progress.show(done, total))?;
-    let chosen = model.choose_algorithms(CHOOSING).and_then(|_| model.choose_tiles(CHOOSING));
+    let chosen = model
+        .choose_algorithms(CHOOSING)
+        .and_then(|_| model.choose_tiles(CHOOSING))
+        .and_then(|_| model.choose_prefill());
     if let Err(error) = chosen {
         // What was not timed stays as it is; a device that has failed is another matter.
         if let Some(failure) = device.failure() {

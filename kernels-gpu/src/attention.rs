@@ -34,23 +34,28 @@ pub const TOKEN_STEPS: usize = SPAN / 16;
 /// different banks.
 pub const PAD: usize = 8;
 
-/// The products of 16 queries with `N` tiles of 8 keys. `STEPS` = D / 16.
+/// The products of `ROWS` times 16 queries with `N` tiles of 8 keys. `STEPS` = D / 16.
 ///
-/// - `queries(s)`: the rows as the 16-row operand, columns 16 s to 16 s + 15.
+/// - `queries(r, s)`: rows 16 r to 16 r + 15 as the 16-row operand, columns 16 s to 16 s + 15.
 /// - `keys(m, s)`: tiles 2m and 2m + 1 as 8-column operands, elements 16 s to 16 s + 15.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-pub fn scores<const STEPS: usize, const N: usize>(
-    queries: impl Fn(usize) -> [u32; 4],
+pub fn scores<const STEPS: usize, const N: usize, const ROWS: usize>(
+    queries: impl Fn(usize, usize) -> [u32; 4],
     keys: impl Fn(usize, usize) -> [[u32; 2]; 2],
-) -> [[f32; 4]; N] {
-    let mut scores = [[0.0f32; 4]; N];
+) -> [[[f32; 4]; N]; ROWS] {
+    let mut scores = [[[0.0f32; 4]; N]; ROWS];
     for s in 0..STEPS {
-        let query = queries(s);
+        let mut query = [[0; 4]; ROWS];
+        for r in 0..ROWS {
+            query[r] = queries(r, s);
+        }
         for pair in 0..N / 2 {
             let [even, odd] = keys(pair, s);
-            scores[pair * 2] = mma::m16n8k16_bf16(query, even, scores[pair * 2]);
-            scores[pair * 2 + 1] = mma::m16n8k16_bf16(query, odd, scores[pair * 2 + 1]);
+            for r in 0..ROWS {
+                scores[r][pair * 2] = mma::m16n8k16_bf16(query[r], even, scores[r][pair * 2]);
+                scores[r][pair * 2 + 1] = mma::m16n8k16_bf16(query[r], odd, scores[r][pair * 2 + 1]);
+            }
         }
     }
     scores
@@ -168,7 +173,8 @@ impl Rescale {
     #[must_use]
     pub fn new(before: f32, max: f32, common: f32) -> Self {
         if max == f32::NEG_INFINITY {
-            return Self { before: 1.0, span: 0.0 };
+            // The product with the span's zeros is -0, which leaves even a -0 as it is.
+            return Self { before: 1.0, span: -0.0 };
         }
         // One of the two is the common maximum, whose factor is 2^0 = 1.
         let smaller = math::exp2_of_negative(before.min(max) - common);

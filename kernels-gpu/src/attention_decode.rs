@@ -176,7 +176,7 @@ fn decode<const STEPS: usize, const OWN: usize, const SHARE: usize>(
 
     let queries = mma::ReadA::new(&tiles.queries, 0, key_row);
     let keys = mma::ReadBColumns::new(&tiles.keys, warp * 16 * key_row, key_row);
-    let mut tile = scores::<STEPS, 2>(|s| queries.load(s * 16), |_, s| keys.load(s * 16));
+    let [mut tile] = scores::<STEPS, 2, 1>(|_, s| queries.load(s * 16), |_, s| keys.load(s * 16));
     let visible = present.saturating_sub(warp * 16) as u32;
     scale(&mut tile, factor, Some([visible; 2]));
     let own = maximum(&tile);

@@ -205,8 +205,8 @@ fn decode<const WARPS: usize, const STEPS: usize, const TILES: usize, const COPI
             cp_async::wait_group::<1>();
             warp::sync_warp();
             let keys = mma::ReadBColumns::new(&loader.keys, 0, key_row);
-            let mut tile =
-                scores::<STEPS, TOKEN_TILES>(|s| queries[s], |pair, s| keys.load(pair * 16 * key_row + s * 16));
+            let [mut tile] =
+                scores::<STEPS, TOKEN_TILES, 1>(|_, s| queries[s], |pair, s| keys.load(pair * 16 * key_row + s * 16));
             // The keys' place is free: the next span's come while this one's probabilities are computed.
             warp::sync_warp();
             if next < spans {

@@ -5,13 +5,13 @@ use cuda_std::prelude::*;
 use cuda_std::{cp_async, shared};
 
 use crate::attention::{
-    Merged, PAD, SPAN, TOKEN_STEPS, TOKEN_TILES, combine, maximum, output, probabilities, scale, scores, sum,
+    Merged, PAD, Rescale, SPAN, TOKEN_STEPS, TOKEN_TILES, combine, maximum, output, probabilities, scale, scores, sum,
 };
 
-/// Query rows of a warp.
-const WARP_ROWS: usize = 16;
+/// Query rows of a tile, of which a warp has one or two.
+const TILE_ROWS: usize = 16;
 
-/// Query rows of a block: 8 warps. A span's keys and values are read once for all of them.
+/// Query rows of a block: 8 warps, or 4 with two tiles each. A span's keys and values are read once for all of them.
 pub const BLOCK_ROWS: usize = 128;
 
 /// Query rows of a block of the `short` kernels, for steps that would leave most of a GPU idle otherwise: 4 warps.
@@ -34,8 +34,10 @@ pub const fn shared_bytes(rows: usize, width: usize) -> usize {
     (STAGES * stage_elements(width) + rows * (width + PAD)) * size_of::<bf16>()
 }
 
+/// One block. `ROWS` is the number of a warp's row tiles: with two, every operand of keys and values that is read from shared
+/// memory serves two products.
 #[inline(always)]
-fn prefill<const WARPS: usize, const STEPS: usize, const TILES: usize>(
+fn prefill<const WARPS: usize, const ROWS: usize, const STEPS: usize, const TILES: usize>(
     q: In<f32>,
     key_pages: In<bf16>,
     value_pages: In<bf16>,
@@ -51,7 +53,7 @@ fn prefill<const WARPS: usize, const STEPS: usize, const TILES: usize>(
     let (key_row, value_row) = (width + PAD, SPAN + PAD);
     let staged: Shared<bf16> = shared::dynamic(0, STAGES * stage_elements(width));
     let queries_at = STAGES * stage_elements(width) * size_of::<bf16>();
-    let queries: Shared<bf16> = shared::dynamic(queries_at, WARPS * WARP_ROWS * key_row);
+    let queries: Shared<bf16> = shared::dynamic(queries_at, WARPS * ROWS * TILE_ROWS * key_row);
     let thread = thread::thread_idx_x();
     let threads = WARPS * 32;
     thread::allow_successor();
@@ -64,7 +66,8 @@ fn prefill<const WARPS: usize, const STEPS: usize, const TILES: usize>(
     let heads = thread::grid_dim_x();
     let kv_head = head / ratio;
     let (g, t) = (thread::lane_id() / 4, thread::lane_id() % 4);
-    let warp_row = thread::warp_id() * WARP_ROWS as u32;
+    let warp_rows = (ROWS * TILE_ROWS) as u32;
+    let warp_row = thread::warp_id() * warp_rows;
     let end = first_position + rows;
     let spans = end.div_ceil(SPAN as u32);
 
@@ -135,7 +138,7 @@ fn prefill<const WARPS: usize, const STEPS: usize, const TILES: usize>(
 
     // The queries stay in shared memory: their operands would take a quarter of the registers. Rows that are not there
     // are zeros.
-    for i in 0..WARP_ROWS * width / 4 / 32 {
+    for i in 0..ROWS * TILE_ROWS * width / 4 / 32 {
         let piece = thread as usize + i * threads;
         let (row, column) = (piece / (width / 4), piece % (width / 4) * 4);
         let mut values = [bf16::ZERO; 4];
@@ -156,11 +159,11 @@ fn prefill<const WARPS: usize, const STEPS: usize, const TILES: usize>(
         }
     };
 
-    let mut merged = [Merged::EMPTY; 2];
-    let mut sums = [[0.0f32; 4]; TILES];
+    let mut merged = [[Merged::EMPTY; 2]; ROWS];
+    let mut sums = [[[0.0f32; 4]; TILES]; ROWS];
     // One past the last position that a row of this warp has; nothing for a warp without rows.
-    let warp_rows = if warp_row + WARP_ROWS as u32 <= rows { warp_row + WARP_ROWS as u32 } else { rows };
-    let warp_end = if warp_row < rows { first_position + warp_rows } else { 0 };
+    let last_row = if warp_row + warp_rows <= rows { warp_row + warp_rows } else { rows };
+    let warp_end = if warp_row < rows { first_position + last_row } else { 0 };
     let mut span_index = 0;
     while span_index < spans {
         cp_async::wait_group::<0>();
@@ -181,50 +184,60 @@ fn prefill<const WARPS: usize, const STEPS: usize, const TILES: usize>(
 
         let keys = mma::ReadBColumns::new(&staged, stage, key_row);
         let key = |pair: usize, s: usize| {
-            if pair.is_multiple_of(2) && s + pair > 0 {
+            if (ROWS == 2 || pair.is_multiple_of(2)) && s + pair > 0 {
                 stop_loading_ahead(s * 4 + pair);
             }
             keys.load(pair * 16 * key_row + s * 16)
         };
-        let mut tile = scores::<STEPS, TOKEN_TILES>(|s| query.load(s * 16), key);
+        let mut tile = scores::<STEPS, TOKEN_TILES, ROWS>(|r, s| query.load(r * TILE_ROWS * key_row + s * 16), key);
         // Only the spans on the diagonal have tokens that some row does not see.
         let first_seen = first_position + warp_row + 1;
-        let visible = if span_start + SPAN as u32 > first_seen {
-            Some([0, 8].map(|offset| (first_seen + g + offset).saturating_sub(span_start)))
-        } else {
-            None
-        };
-        scale(&mut tile, factor, visible);
-        let max = maximum(&tile);
-        let pairs = probabilities(&tile, max);
-        let span_sum = sum(&pairs);
-        let rescale = [merged[0].add(max[0], span_sum[0]), merged[1].add(max[1], span_sum[1])];
+        let diagonal = span_start + SPAN as u32 > first_seen;
+        let mut pairs = [[[0u32; 2]; TOKEN_TILES]; ROWS];
+        let mut rescale = [[Rescale { before: 1.0, span: -0.0 }; 2]; ROWS];
+        for r in 0..ROWS {
+            let first_seen = first_seen + (r * TILE_ROWS) as u32;
+            let visible = if diagonal {
+                Some([0, 8].map(|offset| (first_seen + g + offset).saturating_sub(span_start)))
+            } else {
+                None
+            };
+            scale(&mut tile[r], factor, visible);
+            let max = maximum(&tile[r]);
+            pairs[r] = probabilities(&tile[r], max);
+            let span_sum = sum(&pairs[r]);
+            rescale[r] = [merged[r][0].add(max[0], span_sum[0]), merged[r][1].add(max[1], span_sum[1])];
+        }
         let values = stage + SPAN * key_row;
         for n in 0..TILES {
-            if n.is_multiple_of(2) {
+            if ROWS == 2 || n.is_multiple_of(2) {
                 stop_loading_ahead(STEPS * 4 + n);
             }
             let [first, second] = mma::load_b_steps(&staged, values + n * 8 * value_row, value_row);
             let [third, fourth] = mma::load_b_steps(&staged, values + n * 8 * value_row + 32, value_row);
-            let part = output(&pairs, [first, second, third, fourth]);
-            for element in 0..4 {
-                sums[n][element] = combine(rescale[element / 2], sums[n][element], part[element]);
+            for r in 0..ROWS {
+                let part = output(&pairs[r], [first, second, third, fourth]);
+                for element in 0..4 {
+                    sums[r][n][element] = combine(rescale[r][element / 2], sums[r][n][element], part[element]);
+                }
             }
         }
     }
 
     // Read again rather than kept in registers over the loop.
     let (first_row, rows) = (tiles.get(entry), tiles.get(entry + 1));
-    for half in 0..2 {
-        let row = warp_row + g + half as u32 * 8;
-        if row < rows {
-            let inverse = 1.0 / merged[half].sum;
-            let part = ((first_row + row) * heads + head) as usize;
-            for n in 0..TILES {
-                out.store(
-                    part * width + n * 8 + t as usize * 2,
-                    [f32_to_bf16(sums[n][half * 2] * inverse), f32_to_bf16(sums[n][half * 2 + 1] * inverse)],
-                );
+    for r in 0..ROWS {
+        for half in 0..2 {
+            let row = warp_row + (r * TILE_ROWS) as u32 + g + half as u32 * 8;
+            if row < rows {
+                let inverse = 1.0 / merged[r][half].sum;
+                let part = ((first_row + row) * heads + head) as usize;
+                for n in 0..TILES {
+                    out.store(
+                        part * width + n * 8 + t as usize * 2,
+                        [half * 2, half * 2 + 1].map(|element| f32_to_bf16(sums[r][n][element] * inverse)),
+                    );
+                }
             }
         }
     }
@@ -233,13 +246,13 @@ fn prefill<const WARPS: usize, const STEPS: usize, const TILES: usize>(
 const _: () = assert!(TOKEN_STEPS == 4, "values are loaded two steps at a time");
 
 macro_rules! prefill_kernel {
-    ($name:ident, $threads:tt, $min_blocks:tt, $steps:literal, $tiles:literal) => {
+    ($name:ident, $threads:tt, $min_blocks:tt, $rows:literal, $steps:literal, $tiles:literal) => {
         /// Causal attention of consecutive tokens of any number of sequences: see [`crate::attention`].
         ///
         /// - `q`: f32 \[T, q_stride\], query heads from column 0 on, rounded to bf16 here; pages as in
         ///   [`crate::kv_write`], the rows' own keys and values in them; `page_tables`: u32, of all sequences; `tiles`: u32
         ///   \[tiles, [`TILE_FIELDS`]\], each some consecutive tokens of one sequence; `out`: bf16 \[T, H, D\].
-        /// - grid (H, tiles), the longest contexts first; a warp takes 16 rows, a block stages each span's keys and values
+        /// - grid (H, tiles), the longest contexts first; a warp takes 16 rows, or 32 in the `wide` kernel; a block stages each span's keys and values
         ///   in shared memory.
         /// - bytes: 4 D per token of context, query head and tile.
         /// - the caller: a tile has at most 16 rows per warp of the block; `ratio` = H / G; [`shared_bytes`] of dynamic
@@ -257,7 +270,7 @@ macro_rules! prefill_kernel {
             ratio: u32,
             scale: f32,
         ) {
-            prefill::<{ $threads / 32 }, $steps, $tiles>(
+            prefill::<{ $threads / 32 }, $rows, $steps, $tiles>(
                 q,
                 key_pages,
                 value_pages,
@@ -273,10 +286,11 @@ macro_rules! prefill_kernel {
     };
 }
 // Blocks on a multiprocessor at once: as many as leave the registers that a tile needs.
-prefill_kernel!(attention_prefill_32, 256, 1, 2, 4);
-prefill_kernel!(attention_prefill_64, 256, 2, 4, 8);
-prefill_kernel!(attention_prefill_96, 256, 1, 6, 12);
-prefill_kernel!(attention_prefill_short_32, 128, 3, 2, 4);
-prefill_kernel!(attention_prefill_short_64, 128, 4, 4, 8);
-prefill_kernel!(attention_prefill_short_96, 128, 2, 6, 12);
-prefill_kernel!(attention_prefill_short_128, 128, 2, 8, 16);
+prefill_kernel!(attention_prefill_32, 256, 1, 1, 2, 4);
+prefill_kernel!(attention_prefill_64, 256, 2, 1, 4, 8);
+prefill_kernel!(attention_prefill_96, 256, 1, 1, 6, 12);
+prefill_kernel!(attention_prefill_short_32, 128, 3, 1, 2, 4);
+prefill_kernel!(attention_prefill_short_64, 128, 4, 1, 4, 8);
+prefill_kernel!(attention_prefill_short_96, 128, 2, 1, 6, 12);
+prefill_kernel!(attention_prefill_short_128, 128, 2, 1, 8, 16);
+prefill_kernel!(attention_prefill_wide_64, 128, 2, 2, 4, 8);

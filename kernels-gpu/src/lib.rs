@@ -84,6 +84,7 @@ pub const KERNELS: &[&cuda_std::launch::KernelDesc] = &[
     attention_prefill::attention_prefill_short_64::KERNEL,
     attention_prefill::attention_prefill_short_96::KERNEL,
     attention_prefill::attention_prefill_short_128::KERNEL,
+    attention_prefill::attention_prefill_wide_64::KERNEL,
     bias_add::bias_add::KERNEL,
     candidates::sample_candidates::KERNEL,
     choose::sample_choose::KERNEL,

@@ -205,7 +205,7 @@ impl Cache {
         short: bool,
     ) -> Vec<bf16> {
         let heads = sequences[0].heads;
-        let (stride, width) = (heads.qkv_width(), heads.query_width());
+        let stride = heads.qkv_width();
         let (mut qkv, mut segments) = (Vec::new(), Vec::new());
         for (sequence, &(index, first, rows)) in sequences.iter().zip(chunks) {
             qkv.extend(std::iter::repeat_n(f32::NAN, stride));
@@ -213,20 +213,41 @@ impl Cache {
             qkv.extend_from_slice(&sequence.qkv[first * stride..(first + rows) * stride]);
             segments.push(Segment { first_row, rows, first_position: first, table_start: self.places[index] });
         }
+        let narrow = PrefillTiles::sized(segments.iter().copied(), short, heads).unwrap();
+        let answer = self.prefills_in(rig, heads, &qkv, &segments, short, &narrow, None);
+        if narrow.has_wide_warps(heads) {
+            let wide = narrow.with_wide_warps(true);
+            let again = self.prefills_in(rig, heads, &qkv, &segments, short, &wide, Some("attention_prefill_wide_64"));
+            assert_same(&again, &answer, "warps of 32 rows");
+        }
+        answer
+    }
+
+    /// The same with these tiles; `kernel` computes them, or the one that has no other name.
+    fn prefills_in(
+        &self,
+        rig: &mut Rig,
+        heads: HeadShape,
+        qkv: &[f32],
+        segments: &[Segment],
+        short: bool,
+        tiles: &PrefillTiles,
+        kernel: Option<&'static str>,
+    ) -> Vec<bf16> {
+        let (stride, width) = (heads.qkv_width(), heads.query_width());
         let mut out = rig.unwritten::<bf16>(qkv.len() / stride * width);
-        let tiles = PrefillTiles::sized(segments.iter().copied(), short, heads).unwrap();
         ops::attention_prefill(
             &rig.device,
-            &rig.filled(&qkv).view(),
+            &rig.filled(qkv).view(),
             self.pages(),
             &self.tables.view(),
-            &tiles,
+            tiles,
             &rig.filled(&tiles.numbers).view(),
             &mut out.view_mut(),
             heads,
         )
         .unwrap();
-        let kernel = match (heads.width, short) {
+        let kernel = kernel.unwrap_or(match (heads.width, short) {
             (32, false) => "attention_prefill_32",
             (64, false) => "attention_prefill_64",
             (96, false) => "attention_prefill_96",
@@ -234,8 +255,8 @@ impl Cache {
             (64, true) => "attention_prefill_short_64",
             (96, true) => "attention_prefill_short_96",
             _ => "attention_prefill_short_128",
-        };
-        for segment in &segments {
+        });
+        for segment in segments {
             let other = &rig.download(&out)[(segment.first_row - 1) * width..][..width];
             assert!(other.iter().all(|value| value.bits() == bf16::UNWRITTEN), "a row of no segment was written");
         }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::rig::Rig;
 
 /// Kernels whose products go through tensor cores, whose sums are rounded as the hardware likes.
-const TENSOR_CORES: [&str; 37] = [
+const TENSOR_CORES: [&str; 38] = [
     "attention_decode_32",
     "attention_decode_64",
     "attention_decode_96",
@@ -21,6 +21,7 @@ const TENSOR_CORES: [&str; 37] = [
     "attention_prefill_short_64",
     "attention_prefill_short_96",
     "attention_prefill_short_128",
+    "attention_prefill_wide_64",
     "few_gate_up",
     "few_gate_up_wide",
     "few_logits",

@@ -74,6 +74,8 @@ enum Piece {
     Qkv,
     RotaryKvWrite,
     Attention,
+    /// The same by warps of 32 rows, where there are such.
+    WideAttention,
     Output,
     ResidualNorm,
     /// Gate and up, their product, down, the norm behind them, of so many rows at once.
@@ -128,14 +130,15 @@ impl Values {
                 let mut qkv = self.qkv.view_mut();
                 ops::rotary_kv_write(device, &mut qkv, &bias, &table, places, &mut pages, HEADS).unwrap();
             }
-            Piece::Attention => {
+            Piece::Attention | Piece::WideAttention => {
+                let tiles = self.tiles.clone().with_wide_warps(piece == Piece::WideAttention);
                 let pages = Pages { keys: self.keys.view(), values: self.values.view() };
                 ops::attention_prefill(
                     device,
                     &self.qkv.view(),
                     pages,
                     &places.page_tables,
-                    &self.tiles,
+                    &tiles,
                     &self.tile_numbers.view(),
                     &mut self.attended.view_mut(),
                     HEADS,
@@ -285,7 +288,13 @@ fn speed() {
             let mut values = Values::new(&rig, rows);
             let mut pieces = vec![Piece::Qkv, Piece::Output, Piece::GateUp, Piece::Down];
             if !chosen {
-                pieces.extend([Piece::RotaryKvWrite, Piece::Attention, Piece::ResidualNorm, Piece::SiluMul]);
+                pieces.extend([
+                    Piece::RotaryKvWrite,
+                    Piece::Attention,
+                    Piece::WideAttention,
+                    Piece::ResidualNorm,
+                    Piece::SiluMul,
+                ]);
             }
             for piece in pieces {
                 let what = format!("{rows} rows, {algorithms}, {piece:?}");

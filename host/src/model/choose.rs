@@ -9,6 +9,7 @@ use super::ways::{RUNGS, Tiled};
 use crate::device::{
     DeviceError, LINEAR_RUNGS, LinearBackend, LinearChoice, LinearOutput, MemoryKind, Slice, Weight, contract,
 };
+use crate::ops::{self, PAGE, Pages, PrefillTiles, Segment};
 use crate::testing::TestRng;
 
 /// Rows of random values, repeated to make up a rung: what is multiplied changes a GPU's power, and so its clock, a little.
@@ -27,6 +28,9 @@ fn most_rows(n: usize, bytes: usize) -> usize {
 
 /// Decode steps that are timed at once.
 const STEPS: u32 = 3;
+
+/// Tokens of the prefill that is timed.
+const PREFILL: usize = 2048;
 
 /// The position of every row in the steps that are timed: two pages, one of them full.
 const POSITION: usize = 100;
@@ -91,6 +95,70 @@ impl Model {
             found.push((rows, times));
         }
         Ok(found)
+    }
+
+    /// Times the attention of a long prefill by warps of 16 and of 32 rows on random values, and takes the latter where it is
+    /// faster and has the same bits. Nothing on the CPU, or where there are no such warps. Returns both times.
+    ///
+    /// # Errors
+    /// No memory, or the device's error.
+    pub fn choose_prefill(&self) -> Result<Option<[Duration; 2]>, DeviceError> {
+        let (device, heads) = (self.device(), self.heads());
+        if !device.is_cuda() || self.context_tokens() < PREFILL {
+            return Ok(None);
+        }
+        let segment = Segment { first_row: 0, rows: PREFILL, first_position: 0, table_start: 0 };
+        let tiles = PrefillTiles::new(device, [segment].into_iter(), heads)?;
+        if !tiles.has_wide_warps(heads) {
+            return Ok(None);
+        }
+        let kind = MemoryKind::Other;
+        let (pages, mut random) = (PREFILL / PAGE, TestRng::new(0xa191));
+        let qkv = device.alloc_from(&random.f32s(PREFILL * heads.qkv_width()), kind, "timing's queries")?;
+        let keys = device.alloc_from(&random.bf16s(pages * heads.page_elements()), kind, "timing's keys")?;
+        let values = device.alloc_from(&random.bf16s(pages * heads.page_elements()), kind, "timing's values")?;
+        let table = device.alloc_from(&(0..pages as u32).collect::<Vec<_>>(), kind, "timing's pages")?;
+        let numbers = device.alloc_from(&tiles.numbers, kind, "timing's tiles")?;
+        let output = || device.alloc_unwritten::<bf16>(PREFILL * heads.query_width(), kind, "timing's output");
+        let mut outputs = [output()?, output()?];
+        let mut times = [Duration::MAX; 2];
+        let mut stopwatch = device.stopwatch()?;
+        for (wide, (out, time)) in outputs.iter_mut().zip(&mut times).enumerate() {
+            let tiles = tiles.clone().with_wide_warps(wide == 1);
+            let mut launches = |count: u32| {
+                (0..count).try_for_each(|_| {
+                    let pages = Pages { keys: keys.as_slice(), values: values.as_slice() };
+                    let (qkv, table, numbers) = (qkv.as_slice(), table.as_slice(), numbers.as_slice());
+                    ops::attention_prefill(
+                        device,
+                        &qkv,
+                        pages,
+                        &table,
+                        &tiles,
+                        &numbers,
+                        &mut out.as_slice_mut(),
+                        heads,
+                    )
+                })
+            };
+            launches(1)?;
+            stopwatch.start()?;
+            launches(STEPS)?;
+            stopwatch.stop()?;
+            *time = stopwatch.elapsed()? / STEPS;
+        }
+        let [narrow, wide] = &outputs;
+        let differing = ops::differing(device, &narrow.as_slice(), &wide.as_slice())?;
+        if differing > 0 {
+            tracing::warn!("attention by warps of 32 rows gives {differing} other values: it is not used");
+        }
+        self.ways.set_wide_warps(differing == 0 && times[1] < times[0]);
+        tracing::debug!(
+            "attention of {PREFILL} tokens takes {:?} by warps of 16 rows, {:?} by warps of 32",
+            times[0],
+            times[1]
+        );
+        Ok(Some(times))
     }
 
     /// Times the algorithms of every linear layer at [`LINEAR_RUNGS`] and keeps the fastest, for at most `budget`: what is not

@@ -401,7 +401,8 @@ impl Model {
         let (rows, hidden, eps) = (step.tokens.len(), config.hidden, config.rms_norm_eps);
         let rope_table = self.rope_table.as_slice();
 
-        let tiles = PrefillTiles::new(device, step.prefills.iter().map(Prefill::segment), heads)?;
+        let tiles = PrefillTiles::new(device, step.prefills.iter().map(Prefill::segment), heads)?
+            .with_wide_warps(self.ways.has_wide_warps());
         workspace.staging.clear();
         for part in
             [step.tokens, step.positions, step.row_tables, step.page_tables, step.logits_rows, &tiles.numbers[..]]

@@ -1,4 +1,4 @@
-//! The ways of computing a decode step. All have the bits of the separate operations: which is taken is a matter of time.
+//! The ways of computing a step that a model chooses among. All have the bits of the separate operations: which is taken is a matter of time.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
@@ -59,6 +59,8 @@ pub(super) struct Ways {
     recorded: AtomicBool,
     /// An index into [`Tiled::ALL`] for each rung.
     tiled: [AtomicU8; RUNGS.len()],
+    /// Attention of long prefills by warps of 32 rows.
+    wide_warps: AtomicBool,
 }
 
 impl Ways {
@@ -71,6 +73,7 @@ impl Ways {
             recorded: AtomicBool::new(tensor_cores),
             // With more rows, tiles read their operands from the second-level cache more often than the library's larger ones.
             tiled: [0, 0, 0, 0, 1].map(AtomicU8::new),
+            wide_warps: AtomicBool::new(false),
         }
     }
 
@@ -92,6 +95,14 @@ impl Ways {
 
     pub(super) fn has_tiles(&self) -> bool {
         self.is_open(DecodeWay::Tiles)
+    }
+
+    pub(super) fn has_wide_warps(&self) -> bool {
+        self.wide_warps.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_wide_warps(&self, wide: bool) {
+        self.wide_warps.store(wide, Ordering::Relaxed);
     }
 
     /// Takes it for the rows of a rung from now on.
@@ -135,6 +146,7 @@ mod tests {
             tiles: AtomicBool::new(true),
             recorded: AtomicBool::new(true),
             tiled: [0, 1, 2, 0, 1].map(AtomicU8::new),
+            wide_warps: AtomicBool::new(false),
         }
     }
 

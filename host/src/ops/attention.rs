@@ -365,6 +365,7 @@ pub struct PrefillTiles {
     /// The numbers to upload: [`TILE_FIELDS`](prefill::TILE_FIELDS) a tile.
     pub numbers: Vec<u32>,
     short: bool,
+    wide_warps: bool,
 }
 
 impl PrefillTiles {
@@ -401,7 +402,7 @@ impl PrefillTiles {
     /// A number beyond u32.
     pub fn sized(segments: impl Iterator<Item = Segment>, short: bool, heads: HeadShape) -> Result<Self, DeviceError> {
         let short = short || heads.width > 96;
-        let tile_rows = Self { numbers: Vec::new(), short }.tile_rows();
+        let tile_rows = Self { numbers: Vec::new(), short, wide_warps: false }.tile_rows();
         let mut tiles = Vec::new();
         for Segment { first_row, rows, first_position, table_start } in segments {
             let mut done = 0;
@@ -415,7 +416,20 @@ impl PrefillTiles {
         tiles.sort_by_key(|&[_, count, first_position, _]| std::cmp::Reverse((first_position + count).div_ceil(SPAN)));
         let numbers: Result<_, _> =
             tiles.into_iter().flatten().map(|number| size("attention_prefill", number)).collect();
-        Ok(Self { numbers: numbers?, short })
+        Ok(Self { numbers: numbers?, short, wide_warps: false })
+    }
+
+    /// The same tiles, of which each warp takes 32 rows instead of 16 where there is such a kernel. It changes no bit.
+    #[must_use]
+    pub fn with_wide_warps(mut self, wide: bool) -> Self {
+        self.wide_warps = wide;
+        self
+    }
+
+    /// Whether [`with_wide_warps`](Self::with_wide_warps) makes a difference.
+    #[must_use]
+    pub fn has_wide_warps(&self, heads: HeadShape) -> bool {
+        heads.width == 64 && !self.short
     }
 }
 
@@ -456,6 +470,7 @@ pub fn attention_prefill(
     let grid = Grid { blocks, dynamic_shared_bytes: size(NAME, shared_bytes)? };
     let kernel = match (heads.width, tiles.short) {
         (32, false) => prefill::attention_prefill_32::launch,
+        (64, false) if tiles.wide_warps => prefill::attention_prefill_wide_64::launch,
         (64, false) => prefill::attention_prefill_64::launch,
         (96, false) => prefill::attention_prefill_96::launch,
         (32, true) => prefill::attention_prefill_short_32::launch,
