@@ -83,26 +83,32 @@ pub(crate) fn ready(model: Arc<Model>, options: impl FnOnce(&Device) -> EngineOp
 }
 
 /// How long algorithms of linear layers are timed at most, and again our own tiles. What is not reached stays as it is.
-const CHOOSING: Duration = Duration::from_millis(200);
+const CHOOSING: Duration = Duration::from_millis(120);
 
-/// Opens the device, loads the model onto it and chooses its algorithms, for contexts of the model's own maximum where nothing
+/// Opens the device, loads the model onto it and chooses what computes it, for contexts of the model's own maximum where nothing
 /// else is asked for.
 pub(crate) fn load(source: &ModelArguments, folder: &Path, context_tokens: Option<usize>) -> anyhow::Result<Model> {
     let device = open(source, folder)?;
     let mut progress = Progress::on_stderr(format!("loading {}", model_folder::name(folder)));
     let model = Model::load(&device, folder, context_tokens, &mut |done, total| progress.show(done, total))?;
+    choose(&model)?;
+    Ok(model)
+}
+
+/// Chooses by timing what computes the model's layers, where there is a choice.
+pub(crate) fn choose(model: &Model) -> anyhow::Result<()> {
     let chosen = model
         .choose_algorithms(CHOOSING)
         .and_then(|_| model.choose_tiles(CHOOSING))
         .and_then(|_| model.choose_prefill());
     if let Err(error) = chosen {
         // What was not timed stays as it is; a device that has failed is another matter.
-        if let Some(failure) = device.failure() {
+        if let Some(failure) = model.device().failure() {
             return Err(failure.into());
         }
         tracing::warn!("what computes linear layers was not timed: {error}");
     }
-    Ok(model)
+    Ok(())
 }
 
 /// Opens the device with the kernels that the model needs.

@@ -6,6 +6,7 @@ mod random_model;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use host::device::{CpuOptions, Device, LinearBackend};
 use host::model::{DecodeWay, Model};
@@ -78,6 +79,24 @@ fn every_way_of_decoding_keeps_its_bits_on_a_cpu_like_a_gpu() {
     model.give_up(DecodeWay::Recorded);
     assert_eq!([1, 9].map(way), [None; 2]);
     assert!(verify::decode_ways(&model, &[1]).unwrap().is_empty(), "nothing is left to be in doubt");
+}
+
+/// On a CPU that computes like a GPU the choice is slow, but it is the same steps.
+#[test]
+fn our_own_tiles_are_timed_where_there_is_a_choice() {
+    let folder = tempfile::tempdir().unwrap();
+    Sizes { hidden: 64, heads: 2, head_width: 32, ffn: 64 }.write(folder.path());
+    let device = devices::cpu_like_a_gpu();
+    let model = Model::load(&device, folder.path(), Some(512), &mut |_, _| {}).unwrap();
+    let budget = Duration::from_millis(100);
+    assert!(model.choose_tiles(budget).unwrap().is_empty(), "no library to compare with");
+    device.set_linear_backend(LinearBackend::CublasLt);
+    let times = model.choose_tiles(budget).unwrap();
+    assert_eq!(times[0].0, 16);
+    assert!(times.iter().all(|(_, times)| times.iter().all(|&time| time < Duration::MAX)), "{times:?}");
+    let fastest = times[0].1.iter().enumerate().min_by_key(|(_, time)| **time).unwrap().0;
+    let way = if fastest == 2 { DecodeWay::Recorded } else { DecodeWay::Tiles };
+    assert_eq!(model.decode_way(16), Some(way), "{times:?}");
 }
 
 #[test]

@@ -46,7 +46,7 @@ impl Model {
         let device = self.device();
         let mut found = Vec::new();
         let open = self.ways.has_tiles() && device.linear_backend() == LinearBackend::CublasLt;
-        if !device.is_cuda() || !open || self.context_tokens() <= POSITION {
+        if !open || self.context_tokens() <= POSITION {
             return Ok(found);
         }
         let deadline = Instant::now() + budget;

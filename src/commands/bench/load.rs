@@ -12,7 +12,7 @@ use super::figure::Figure;
 use super::requests;
 use super::rig::Rig;
 use crate::cli::ModelArguments;
-use crate::start::{Started, open, ready};
+use crate::start::{Started, choose, open, ready};
 
 /// Opens the device, loads, tests and starts `runs` times; the last one stays. The weights are in the page cache but for
 /// the first run of the machine, so `runs` of more than one should follow one that is not counted.
@@ -23,6 +23,7 @@ pub(super) fn start(
     options: impl Fn(&Device) -> EngineOptions,
 ) -> anyhow::Result<(Started, Vec<Figure>)> {
     let (mut open_ms, mut load_ms, mut ready_ms, mut total_ms) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let mut choose_ms = Vec::new();
     loop {
         let began = Instant::now();
         let milliseconds = |since: Instant| since.elapsed().as_secs_f64() * 1e3;
@@ -31,6 +32,9 @@ pub(super) fn start(
         let loading = Instant::now();
         let model = Arc::new(Model::load(&device, folder, None, &mut |_, _| {})?);
         load_ms.push(milliseconds(loading));
+        let choosing = Instant::now();
+        choose(&model)?;
+        choose_ms.push(milliseconds(choosing));
         let testing = Instant::now();
         let started = ready(model, &options)?;
         ready_ms.push(milliseconds(testing));
@@ -39,6 +43,7 @@ pub(super) fn start(
             let figures = vec![
                 Figure::of("start: device", "ms", &open_ms),
                 Figure::of("start: load", "ms", &load_ms),
+                Figure::of("start: choice by timing", "ms", &choose_ms),
                 Figure::of("start: self-test and engine", "ms", &ready_ms),
                 Figure::of("start to ready", "ms", &total_ms),
             ];
