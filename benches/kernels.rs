@@ -285,7 +285,7 @@ fn few_layers(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, rows: u
         let norm = Norm { gain: gain.as_slice(), eps: EPS };
         let (bias, angles, queries) = (bias.as_slice(), angles.as_slice(), &mut queries.as_slice_mut());
         let residual = residual.as_slice();
-        ops::few_qkv(device, &residual, norm, &qkv, None, Some(&bias), &angles, places, queries, &mut pages, heads)
+        ops::few_qkv(device, &residual, norm, &qkv, Some(&bias), &angles, places, queries, &mut pages, heads)
     });
     let written = heads.query_width() * 4 + 2 * heads.kv_heads * heads.width * 2;
     rig.bytes("few_qkv", rows, bytes(width, hidden) + rows * (hidden * 4 + written), run);
@@ -295,7 +295,7 @@ fn few_layers(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, rows: u
     let gate_up = weight(inputs, 2 * ffn, hidden);
     let run: Run = Box::new(move |device| {
         let norm = Norm { gain: gain.as_slice(), eps: EPS };
-        ops::few_gate_up(device, &residual.as_slice(), norm, &gate_up, None, &mut out.as_slice_mut())
+        ops::few_gate_up(device, &residual.as_slice(), norm, &gate_up, &mut out.as_slice_mut())
     });
     rig.bytes("few_gate_up", rows, bytes(2 * ffn, hidden) + rows * (hidden * 4 + ffn * 2), run);
 
@@ -307,7 +307,7 @@ fn few_layers(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, rows: u
             let (x, weight) = (inputs.halves(rows * k), weight(inputs, hidden, k));
             let mut residual = inputs.floats(rows * hidden);
             let run: Run = Box::new(move |device| {
-                ops::few_residual_in(device, segments, &x.as_slice(), &weight, None, &mut residual.as_slice_mut())
+                ops::few_residual_in(device, segments, &x.as_slice(), &weight, &mut residual.as_slice_mut())
             });
             let size = format!("{layer} [{hidden}, {k}] x {rows}");
             rig.bytes(&format!("few_residual_{segments}"), size, bytes(hidden, k) + rows * (k * 2 + hidden * 8), run);

@@ -9,7 +9,7 @@ use anyhow::anyhow;
 use cuda_std::launch::KernelDesc;
 use host::device::{CpuOptions, Device, KernelImage, KernelImages};
 use host::engine::{EngineOptions, Handle, spawn};
-use host::model::{Model, ModelConfig};
+use host::model::{Model, ModelConfig, TilesChoice};
 use host::verify;
 use kernels_gpu::kernels_for;
 
@@ -82,8 +82,11 @@ pub(crate) fn ready(model: Arc<Model>, options: impl FnOnce(&Device) -> EngineOp
     Ok(Started { engine, model, thread: EngineThread::new(thread) })
 }
 
-/// How long algorithms of linear layers are timed at most, and again our own tiles. What is not reached stays as it is.
-const CHOOSING: Duration = Duration::from_millis(120);
+/// How long algorithms of linear layers are timed at most. What is not reached stays as it is.
+const CHOOSING_ALGORITHMS: Duration = Duration::from_millis(120);
+
+/// How long our own tiles are timed at most.
+const CHOOSING_TILES: Duration = Duration::from_millis(400);
 
 /// Opens the device, loads the model onto it and chooses what computes it, for contexts of the model's own maximum where nothing
 /// else is asked for.
@@ -95,20 +98,23 @@ pub(crate) fn load(source: &ModelArguments, folder: &Path, context_tokens: Optio
     Ok(model)
 }
 
-/// Chooses by timing what computes the model's layers, where there is a choice.
-pub(crate) fn choose(model: &Model) -> anyhow::Result<()> {
+/// Chooses by timing what computes the model's layers, where there is a choice. Returns what [`Model::choose_tiles`] does.
+pub(crate) fn choose(model: &Model) -> anyhow::Result<Vec<TilesChoice>> {
     let chosen = model
-        .choose_algorithms(CHOOSING)
-        .and_then(|_| model.choose_tiles(CHOOSING))
-        .and_then(|_| model.choose_prefill());
-    if let Err(error) = chosen {
+        .choose_algorithms(CHOOSING_ALGORITHMS)
+        .and_then(|_| model.choose_tiles(CHOOSING_TILES))
+        .and_then(|tiles| {
+            model.choose_prefill()?;
+            Ok(tiles)
+        });
+    chosen.or_else(|error| {
         // What was not timed stays as it is; a device that has failed is another matter.
         if let Some(failure) = model.device().failure() {
             return Err(failure.into());
         }
         tracing::warn!("what computes linear layers was not timed: {error}");
-    }
-    Ok(())
+        Ok(Vec::new())
+    })
 }
 
 /// Opens the device with the kernels that the model needs.

@@ -91,12 +91,17 @@ fn our_own_tiles_are_timed_where_there_is_a_choice() {
     let budget = Duration::from_millis(100);
     assert!(model.choose_tiles(budget).unwrap().is_empty(), "no library to compare with");
     device.set_linear_backend(LinearBackend::CublasLt);
-    let times = model.choose_tiles(budget).unwrap();
-    assert_eq!(times[0].0, 16);
-    assert!(times.iter().all(|(_, times)| times.iter().all(|&time| time < Duration::MAX)), "{times:?}");
-    let fastest = times[0].1.iter().enumerate().min_by_key(|(_, time)| **time).unwrap().0;
-    let way = if fastest == 2 { DecodeWay::Recorded } else { DecodeWay::Tiles };
-    assert_eq!(model.decode_way(16), Some(way), "{times:?}");
+    let choices = model.choose_tiles(Duration::from_millis(1000)).unwrap();
+    assert!(choices.len() > 3, "{choices:?}");
+    for choice in &choices {
+        assert!(choice.time <= choice.guess && choice.time > Duration::ZERO, "{choice:?}");
+        let way = match choice.what.as_str() {
+            "fused layers" => DecodeWay::Few,
+            "no tiles of ours" => DecodeWay::Recorded,
+            _ => DecodeWay::Tiles,
+        };
+        assert_eq!(model.decode_way(choice.rows), Some(way), "{choice:?}");
+    }
 }
 
 #[test]

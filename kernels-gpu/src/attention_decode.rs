@@ -23,8 +23,8 @@ const fn merged_heads(width: usize) -> usize {
     if width < 64 { 8 } else { THREADS * 4 / width }
 }
 
-/// Spans whose factors are computed at once: two for each lane of a warp.
-const SCAN: usize = 64;
+/// Spans whose factors are computed at once: some for each lane of a warp.
+const SCAN: usize = 96;
 
 /// Spans whose outputs a thread that merges has under way.
 const AHEAD: usize = 16;
@@ -297,21 +297,21 @@ fn merge<const SHARE: usize>(
         let mut sums = Sums { sum: 0.0, values: [0.0; 4] };
         let mut first = 0;
         while first < spans {
-            let mut statistics = [[[f32::NEG_INFINITY, 0.0]; 2]; SHARE];
+            let mut statistics = [[[f32::NEG_INFINITY, 0.0]; SCAN / 32]; SHARE];
             for share in 0..SHARE {
                 let head = warp + share * WARPS;
-                for half in 0..2 {
-                    let span = first + half * 32 + lane;
+                for turn in 0..SCAN / 32 {
+                    let span = first + turn * 32 + lane;
                     if head < left && span < spans {
                         let part = (first_head + done + head) * partials.spans + span;
-                        statistics[share][half] = partials.memory.load(partials.maximum_and_sum(part));
+                        statistics[share][turn] = partials.memory.load(partials.maximum_and_sum(part));
                     }
                 }
             }
             for share in 0..SHARE {
                 let head = warp + share * WARPS;
-                for half in 0..2 {
-                    let [max, span_sum] = statistics[share][half];
+                for turn in 0..SCAN / 32 {
+                    let [max, span_sum] = statistics[share][turn];
                     let mut common = before[share].max(max);
                     let mut distance = 1;
                     while distance < 32 {
@@ -325,7 +325,7 @@ fn merge<const SHARE: usize>(
                     let rescale = Rescale::new(if lane == 0 { before[share] } else { previous }, max, common);
                     before[share] = warp::shuffle_f32(common, 31);
                     if head < left {
-                        let to = head * FACTOR_ROW + (half * 32 + lane) * 4;
+                        let to = head * FACTOR_ROW + (turn * 32 + lane) * 4;
                         factors.store(to, [rescale.before, rescale.span, span_sum, 0.0]);
                     }
                 }

@@ -95,19 +95,24 @@ impl Loader<'_> {
         }
     }
 
-    /// The key and value of token `index`, behind those that were copied.
+    /// The lane's part of the key and value of token `index`.
     #[inline(always)]
-    fn newest<const STEPS: usize>(&self, start: usize, index: usize) {
-        let key_lane = self.lane < self.width / 8;
+    fn newest<const STEPS: usize>(&self, start: usize, index: usize) -> ([bf16; 8], [bf16; STEPS]) {
         let mut key = [bf16::ZERO; 8];
-        if key_lane {
+        if self.lane < self.width / 8 {
             key = self.key_pages.load(start + index * self.width + self.lane * 8);
         }
         let mut values = [bf16::ZERO; STEPS];
         for i in 0..STEPS / 2 {
             values[i] = self.value_pages.get(start + (self.lane + i * 32) * SPAN + index);
         }
-        if key_lane {
+        (key, values)
+    }
+
+    /// Puts them behind those that were copied.
+    #[inline(always)]
+    fn append<const STEPS: usize>(&self, index: usize, (key, values): ([bf16; 8], [bf16; STEPS])) {
+        if self.lane < self.width / 8 {
             self.keys.store(index * (self.width + PAD) + self.lane * 8, key);
         }
         for i in 0..STEPS / 2 {
@@ -171,6 +176,10 @@ fn decode<const WARPS: usize, const STEPS: usize, const TILES: usize, const COPI
     thread::wait_for_predecessors();
     let mut queries = [[0u32; 4]; STEPS];
     if warp < spans {
+        // All ways to memory and back at once.
+        let last = warp + 1 == spans;
+        let newest =
+            if last { loader.newest::<STEPS>(start, position % SPAN) } else { ([bf16::ZERO; 8], [bf16::ZERO; STEPS]) };
         let first = row * q_stride as usize + kv_head * ratio * width + t * 2;
         for half in 0..2 {
             let head = g + half * 8;
@@ -181,10 +190,10 @@ fn decode<const WARPS: usize, const STEPS: usize, const TILES: usize, const COPI
                 }
             }
         }
-        if warp + 1 == spans {
+        if last {
             // Zeros of other lanes are where the newest value goes.
             warp::sync_warp();
-            loader.newest::<STEPS>(start, position % SPAN);
+            loader.append(position % SPAN, newest);
         }
     }
 

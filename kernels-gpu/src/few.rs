@@ -7,8 +7,10 @@
 //!
 //! A warp owns strips of 16 outputs and streams their weights through a ring in shared memory with asynchronous copies.
 //! Weights depend on no other kernel, so the ring is filled before the kernel waits for its predecessors (programmatic
-//! dependent launch), and each kernel asks for the weights of a later one (`ahead`) to be brought into the second-level
-//! cache: memory does not rest while kernels wait for each other.
+//! dependent launch), and a kernel lets its successor start first of all: where shared memory and registers have room, the
+//! blocks of a whole layer wait with their weights for the values of the layer before. Filling the rings of a large layer
+//! would keep memory so busy that the few values which the kernels hand to each other come late; it is spread over the time
+//! that there is (`PACE`).
 
 use cuda_std::prelude::*;
 use cuda_std::{cp_async, shared};
@@ -52,22 +54,6 @@ pub struct Layout {
 /// have a warp for each token, to normalise all of them at once.
 pub const NARROW: usize = 2;
 
-/// Elements that a thread asks for at once: 4 KiB.
-const AHEAD: usize = 2048;
-
-/// Asks for all of `ahead` to be in the second-level cache soon. The threads of the grid share the work.
-#[inline(always)]
-#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-fn ask_ahead(ahead: In<bf16>) {
-    let threads = (thread::grid_dim_x() * thread::block_dim_x()) as usize;
-    let mut first = thread::index_1d() as usize * AHEAD;
-    while first < ahead.len() {
-        let left = ahead.len() - first;
-        ahead.prefetch(first, if left < AHEAD { left } else { AHEAD });
-        first += threads * AHEAD;
-    }
-}
-
 /// What a block has in shared memory: the tokens' inputs, then a ring for each warp.
 #[derive(Clone, Copy)]
 pub(crate) struct Arena {
@@ -100,6 +86,9 @@ pub(crate) struct Segment {
 /// Stages that are waited for, and whose room is filled again, at once.
 pub(crate) const CHUNK: usize = 4;
 
+/// A ring that is filled as fast as memory gives.
+pub(crate) const AT_ONCE: usize = usize::MAX;
+
 /// The operands of a stage.
 #[derive(Clone, Copy)]
 struct Fragments {
@@ -125,26 +114,27 @@ fn sources(first_row: impl Fn(usize) -> usize, last_row: usize, width: usize, fi
 /// product: row g of the first half, then of the second, tokens 2t and 2t + 1. A warp without strips only takes part in
 /// `inputs`.
 ///
-/// The ring has `DEPTH` stages in `DEPTH / CHUNK` chunks; `PENDING` is two chunks less. A product waits for the one before it
+/// The ring has `DEPTH` stages in `DEPTH / CHUNK` chunks; `PENDING` is two chunks less. While it fills for the first time, a
+/// warp waits for all but its last `PACE` stages before it asks for another; [`AT_ONCE`] is without waiting. A product waits for the one before it
 /// (some 35 cycles), so what else there is to do, reading the next operands and filling the ring, goes in between, and is
 /// kept to few instructions.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-pub(crate) fn chains<const DEPTH: usize, const PENDING: usize, R>(
+pub(crate) fn chains<const DEPTH: usize, const PENDING: usize, const PACE: usize, R>(
     weight: In<bf16>,
     arena: Arena,
     tokens: usize,
     width: usize,
     segment: Segment,
     strips: Strips,
-    ahead: In<bf16>,
     first_row: impl Fn(usize, usize) -> usize,
     inputs: impl FnOnce() -> R,
     mut finish: impl FnMut(usize, [f32; 4], &R),
 ) {
-    const { assert!(DEPTH.is_multiple_of(CHUNK) && (PENDING + 2) * CHUNK == DEPTH) };
+    const { assert!(DEPTH.is_multiple_of(CHUNK) && (PENDING + 2) * CHUNK == DEPTH && (PACE < CHUNK || PACE == AT_ONCE)) };
     // Elements of a stage.
     const SLOT: usize = 16 * ROW;
+    thread::allow_successor();
     let lane = thread::lane_id() as usize;
     let ring_start = thread::warp_id() as usize * DEPTH * SLOT;
     let last_row = weight.len() / width - 1;
@@ -172,6 +162,11 @@ pub(crate) fn chains<const DEPTH: usize, const PENDING: usize, R>(
             for stage in 0..CHUNK as u32 {
                 if fill_stage + stage < stages {
                     fill(&from, fill_stage + stage, fill_slot + stage);
+                    if PACE != AT_ONCE {
+                        // Groups of one stage instead of a chunk: those of the last chunk are complete when it is waited for.
+                        cp_async::commit_group();
+                        cp_async::wait_group::<PACE>();
+                    }
                 }
             }
             fill_slot = next_chunk(fill_slot);
@@ -186,8 +181,6 @@ pub(crate) fn chains<const DEPTH: usize, const PENDING: usize, R>(
         }
         cp_async::commit_group();
     }
-    thread::allow_successor();
-    ask_ahead(ahead);
     let ready = inputs();
 
     let fragments = |slot: u32, stage: u32| {

@@ -7,7 +7,7 @@ use crate::silu_mul::gated;
 
 /// Of [`few_gate_up()`] and [`few_gate_up_wide()`]: small models have a block for each multiprocessor of a large GPU, with
 /// room beside it for the kernel before and the kernel after.
-pub const GATE_UP: Layout = Layout { warps: 5, depth: 12 };
+pub const GATE_UP: Layout = Layout { warps: 5, depth: 8 };
 
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
@@ -15,7 +15,6 @@ fn gate_up<const THREADS: usize>(
     residual: In<f32>,
     gain: In<bf16>,
     weight: In<bf16>,
-    ahead: In<bf16>,
     out: Out<bf16>,
     tokens: u32,
     width: u32,
@@ -26,14 +25,13 @@ fn gate_up<const THREADS: usize>(
     let arena = arena(tokens, width, GATE_UP);
     let (g, t) = ((thread::lane_id() / 4) as usize, (thread::lane_id() % 4) as usize);
     let strips = ffn / 8;
-    chains::<{ GATE_UP.depth }, { GATE_UP.depth / CHUNK - 2 }, _>(
+    chains::<{ GATE_UP.depth }, { GATE_UP.depth / CHUNK - 2 }, 0, _>(
         weight,
         arena,
         tokens,
         width,
         Segment { first: 0, width },
         Strips { first: own_strip(GATE_UP, strips), step: strips, end: strips },
-        ahead,
         |strip, part| part * ffn + strip * 8,
         || normalised::<THREADS>(&arena.input, residual, gain, tokens, width, eps),
         |strip, sums, ()| {
@@ -52,8 +50,7 @@ macro_rules! gate_up_kernel {
     ($name:ident, $threads:tt) => {
         /// RMSNorm, the gate and up layer, and the gated activation.
         ///
-        /// - `residual`: f32 \[T, C\]; `gain`: bf16 \[C\]; `weight`: bf16 \[2 F, C\], gate then up; `ahead` as in
-        ///   [`few_qkv`](crate::few_qkv); `out`: bf16 \[T, F\].
+        /// - `residual`: f32 \[T, C\]; `gain`: bf16 \[C\]; `weight`: bf16 \[2 F, C\], gate then up; `out`: bf16 \[T, F\].
         /// - grid: blocks of [`GATE_UP`]'s warps for F / 8 strips; a warp makes 8 gates and their 8 ups.
         /// - bytes: 4 F C, and 4 T C for each block.
         /// - the caller: T is at most [`FEW`](crate::few::FEW), C a multiple of 64, F of 16; dynamic shared memory as in [`few_qkv`](crate::few_qkv).
@@ -62,14 +59,13 @@ macro_rules! gate_up_kernel {
             residual: In<f32>,
             gain: In<bf16>,
             weight: In<bf16>,
-            ahead: In<bf16>,
             out: Out<bf16>,
             tokens: u32,
             width: u32,
             ffn: u32,
             eps: f32,
         ) {
-            gate_up::<$threads>(residual, gain, weight, ahead, out, tokens, width, ffn, eps);
+            gate_up::<$threads>(residual, gain, weight, out, tokens, width, ffn, eps);
         }
     };
 }

@@ -2,7 +2,7 @@
 
 use cuda_std::prelude::*;
 
-use crate::few::{CHUNK, FEW, Layout, Segment, Strips, arena, chains, normalised};
+use crate::few::{AT_ONCE, CHUNK, FEW, Layout, Segment, Strips, arena, chains, normalised};
 use crate::rank;
 
 /// Of [`few_logits()`].
@@ -35,7 +35,7 @@ pub fn few_logits(
     let (g, t) = (lane / 4, lane % 4);
     let (block, warp) = (thread::block_idx_x() as usize, thread::warp_id() as usize);
     let mut warp_best = [0u64; 2];
-    chains::<{ LOGITS.depth }, { LOGITS.depth / CHUNK - 2 }, _>(
+    chains::<{ LOGITS.depth }, { LOGITS.depth / CHUNK - 2 }, AT_ONCE, _>(
         weight,
         arena,
         tokens,
@@ -46,7 +46,6 @@ pub fn few_logits(
             step: thread::grid_dim_x() as usize * LOGITS.warps,
             end: vocab.div_ceil(16),
         },
-        weight.none(),
         |strip, part| strip * 16 + part * 8,
         || normalised::<{ LOGITS.warps * 32 }>(&arena.input, residual, gain, tokens, width, eps),
         |strip, sums, ()| {

@@ -2,7 +2,7 @@
 
 use cuda_std::prelude::*;
 
-use crate::few::{CHUNK, Layout, Segment, Strips, arena, chains, normalised, own_strip};
+use crate::few::{AT_ONCE, CHUNK, Layout, Segment, Strips, arena, chains, normalised, own_strip};
 use crate::kv_write::PAGE;
 
 /// Of [`few_qkv()`] and [`few_qkv_wide()`].
@@ -15,7 +15,6 @@ fn qkv<const THREADS: usize>(
     gain: In<bf16>,
     weight: In<bf16>,
     bias: In<bf16>,
-    ahead: In<bf16>,
     table: In<f32>,
     positions: In<u32>,
     row_tables: In<u32>,
@@ -42,14 +41,13 @@ fn qkv<const THREADS: usize>(
     // The lane's place in the head's first half, and its tokens.
     let i = strip % per_head * 8 + g;
     let own = [t * 2, t * 2 + 1];
-    chains::<{ QKV.depth }, { QKV.depth / CHUNK - 2 }, _>(
+    chains::<{ QKV.depth }, { QKV.depth / CHUNK - 2 }, AT_ONCE, _>(
         weight,
         arena,
         tokens,
         width,
         Segment { first: 0, width },
         Strips { first: strip, step: strips, end: strips },
-        ahead,
         |strip, part| strip / per_head * head_width + part * half + strip % per_head * 8,
         || {
             // What the epilogue needs is older than the predecessors.
@@ -119,8 +117,8 @@ macro_rules! qkv_kernel {
         /// RMSNorm, the query, key and value layer, bias, rotary embedding (pairs i and i + D/2), and the KV cache's new entries.
         ///
         /// - `residual`: f32 \[T, C\]; `gain`: bf16 \[C\]; `weight`: bf16 \[(H + 2 G) D, C\]; `bias`: bf16 \[(H + 2 G) D\] or empty;
-        ///   `ahead`: bf16, weights to bring into the cache for a later kernel, or empty; `table`: f32 \[positions, D/2, 2\]; `queries`: f32 \[T, (H + 2 G) D\], of which the query columns are written; pages as in
-        ///   [`crate::kv_write`].
+        ///   `table`: f32 \[positions, D/2, 2\]; `queries`: f32 \[T, (H + 2 G) D\], of which the query columns are written; pages
+        ///   as in [`crate::kv_write`].
         /// - grid: blocks of [`QKV`]'s warps for (H + 2 G) D / 16 strips; a warp makes 8 outputs of the first half of a head and
         ///   their 8 partners of the second.
         /// - bytes: 2 N C, and 4 T C for each block.
@@ -132,7 +130,6 @@ macro_rules! qkv_kernel {
             gain: In<bf16>,
             weight: In<bf16>,
             bias: In<bf16>,
-            ahead: In<bf16>,
             table: In<f32>,
             positions: In<u32>,
             row_tables: In<u32>,
@@ -152,7 +149,6 @@ macro_rules! qkv_kernel {
                 gain,
                 weight,
                 bias,
-                ahead,
                 table,
                 positions,
                 row_tables,

@@ -2,12 +2,12 @@
 
 use cuda_std::prelude::*;
 
-use crate::few::{CHUNK, Layout, Segment, Strips, arena, chains, copied};
+use crate::few::{AT_ONCE, CHUNK, Layout, Segment, Strips, arena, chains, copied};
 
 /// Of the residual kernels, by the segments of K.
 #[must_use]
 pub const fn residual_layout(segments: usize) -> Layout {
-    Layout { warps: segments, depth: if segments == 4 { 8 } else { 16 } }
+    Layout { warps: segments, depth: if segments == 4 { 12 } else { 16 } }
 }
 
 #[inline(always)]
@@ -15,7 +15,6 @@ pub const fn residual_layout(segments: usize) -> Layout {
 fn few_residual<const SEGMENTS: usize, const DEPTH: usize, const PENDING: usize>(
     x: In<bf16>,
     weight: In<bf16>,
-    ahead: In<bf16>,
     residual: InOut<f32>,
     partials: Shared<f32>,
     tokens: usize,
@@ -30,14 +29,13 @@ fn few_residual<const SEGMENTS: usize, const DEPTH: usize, const PENDING: usize>
     let segment = Segment { first: warp * part, width: part };
     // The token and the output of each of the lane's four sums.
     let place = |element: usize| (t * 2 + element % 2, thread::block_idx_x() as usize * 16 + g + element / 2 * 8);
-    chains::<DEPTH, PENDING, _>(
+    chains::<DEPTH, PENDING, AT_ONCE, _>(
         weight,
         arena,
         tokens,
         width,
         segment,
         Strips { first: thread::block_idx_x() as usize, step: outputs, end: outputs.div_ceil(16) },
-        ahead,
         |strip, part| strip * 16 + part * 8,
         || {
             thread::wait_for_predecessors();
@@ -83,27 +81,18 @@ macro_rules! residual_kernel {
         /// A linear layer whose output is added to the residual stream, with K in this many segments
         /// (see [`crate::linear`]).
         ///
-        /// - `x`: bf16 \[T, K\]; `weight`: bf16 \[C, K\]; `ahead` as in [`few_qkv`](crate::few_qkv); `residual`: f32 \[T, C\].
+        /// - `x`: bf16 \[T, K\]; `weight`: bf16 \[C, K\]; `residual`: f32 \[T, C\].
         /// - grid: ceil(C / 16) blocks of a warp per segment; a block makes 16 outputs.
         /// - bytes: 2 C K, and 2 T K for each block.
         /// - the caller: T is at most [`FEW`](crate::few::FEW), K a multiple of 64 times the segments; dynamic shared memory as in
         ///   [`few_qkv`](crate::few_qkv).
         #[kernel(block = $threads, min_blocks = 1)]
-        pub fn $name(
-            x: In<bf16>,
-            weight: In<bf16>,
-            ahead: In<bf16>,
-            residual: InOut<f32>,
-            tokens: u32,
-            outputs: u32,
-            width: u32,
-        ) {
+        pub fn $name(x: In<bf16>, weight: In<bf16>, residual: InOut<f32>, tokens: u32, outputs: u32, width: u32) {
             const DEPTH: usize = residual_layout($segments).depth;
             let partials = shared_array!(f32, 128 * $segments);
             few_residual::<$segments, DEPTH, { DEPTH / CHUNK - 2 }>(
                 x,
                 weight,
-                ahead,
                 residual,
                 partials,
                 tokens as usize,

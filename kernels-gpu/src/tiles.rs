@@ -188,6 +188,7 @@ pub(crate) fn compute<
         assert!(outputs.is_multiple_of(apart) && outputs / apart <= MOST_PIECES);
         assert!(tokens.is_multiple_of(apart) && tokens / apart <= MOST_PIECES);
     }
+    thread::allow_successor();
     let Layer { x, weight, width, .. } = layer;
     let stages = layer.part / STAGE as u32;
     let slot_elements = (outputs + tokens) * ROW;
@@ -245,7 +246,6 @@ pub(crate) fn compute<
             }
         }
     }
-    thread::allow_successor();
     let ready = early();
     thread::wait_for_predecessors();
     let mut behind = start;

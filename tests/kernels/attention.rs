@@ -628,7 +628,11 @@ fn speed() {
                     device.synchronize().unwrap();
                     best = best.min(start.elapsed().as_secs_f64() * 1e6 / (4 * LAYERS) as f64);
                 }
-                let chosen = if DecodeBlocks::for_spans(spans, heads) == blocks { ", chosen" } else { "" };
+                let chosen = if DecodeBlocks::for_contexts(&device, heads, spans, rows * spans) == blocks {
+                    ", chosen"
+                } else {
+                    ""
+                };
                 println!("D {width}, {rows} rows at {context}, {blocks:?}: {best:.2} us{chosen}");
             }
         }

@@ -2,7 +2,7 @@
 
 use half::bf16;
 use host::device::{MemoryKind, Weight};
-use host::ops::{self, HeadShape, Norm, PAGE, PagesMut, Pairing, Places};
+use host::ops::{self, DecodeBlocks, DecodeScratch, HeadShape, Norm, PAGE, Pages, PagesMut, Pairing, Places};
 use host::testing::TestRng;
 
 use crate::compare::assert_same;
@@ -116,7 +116,6 @@ pub(crate) fn qkv(rig: &mut Rig) {
             &residual.view(),
             Norm { gain: gain.view(), eps: EPS },
             &layer,
-            Some(&layer),
             bias.as_ref().map(Guarded::view).as_ref(),
             &table.view(),
             Places { positions: positions.view(), row_tables: row_tables.view(), page_tables: page_tables.view() },
@@ -168,7 +167,7 @@ pub(crate) fn gate_up(rig: &mut Rig) {
 
         let mut out = rig.unwritten::<bf16>(tokens * ffn);
         let norm = Norm { gain: gain.view(), eps: EPS };
-        ops::few_gate_up(&device, &residual.view(), norm, &layer, Some(&layer), &mut out.view_mut()).unwrap();
+        ops::few_gate_up(&device, &residual.view(), norm, &layer, &mut out.view_mut()).unwrap();
         let expected = rig.download(&expected);
         assert_same(
             &rig.read(if tokens <= kernels_gpu::few::NARROW { "few_gate_up" } else { "few_gate_up_wide" }, &out),
@@ -218,7 +217,7 @@ pub(crate) fn residual(rig: &mut Rig) {
             ops::residual_norm(&device, residual, &parts.view(), &gain.view(), rounded, EPS).unwrap();
             assert_same(&rig.download(&stream), &expected, "residual_norm of parts");
 
-            ops::few_residual_in(&device, segments, &x.view(), &layer, Some(&layer), &mut out.view_mut()).unwrap();
+            ops::few_residual_in(&device, segments, &x.view(), &layer, &mut out.view_mut()).unwrap();
             let what = format!("{tokens} tokens of {width} x {hidden} in {segments} segments");
             assert_same(&rig.read(name, &out), &expected, &what);
             let fused = normed(rig, &out, &gain, tokens * hidden);
@@ -285,7 +284,9 @@ fn speed() {
         let mut rng = TestRng::new(2);
         let gain = rig.filled(&rng.bf16s(hidden));
         let mut residual = rig.filled(&rng.f32s(tokens * hidden));
-        let attended = rig.filled(&rng.bf16s(tokens * hidden));
+        let mut attended = rig.filled(&rng.bf16s(tokens * hidden));
+        let mut partials = rig.unwritten::<f32>(ops::partials_len(heads, tokens, 2));
+        let mut counters = rig.filled(&vec![0u32; ops::counters_len(heads, tokens)]);
         let mut gated = rig.filled(&rng.bf16s(tokens * ffn));
         let table = rig.filled(&rng.f32s(128 * 64));
         let positions = rig.filled(&vec![100u32; tokens]);
@@ -318,25 +319,29 @@ fn speed() {
             }
             println!("{tokens} tokens, {what}: {best:.2} us");
         };
-        // Whether each kernel asks for the weights of a later one.
-        let asks = std::cell::Cell::new(false);
-        let ahead = |weights: &'static str, layer: usize| {
-            let weights = match weights {
-                "qkv" => &qkv,
-                "output" => &output,
-                "gate_up" => &gate_up,
-                _ => &down,
-            };
-            if asks.get() { weights.get(layer) } else { None }
-        };
         macro_rules! one {
+            (attention) => {
+                ops::attention_decode_in(
+                    &device,
+                    DecodeBlocks::PerContext,
+                    &queries.view(),
+                    Pages { keys: keys.view(), values: values.view() },
+                    &positions.view(),
+                    &row_tables.view(),
+                    &page_tables.view(),
+                    &mut DecodeScratch { partials: partials.view_mut(), counters: counters.view_mut() },
+                    &mut attended.view_mut(),
+                    heads,
+                    2 * PAGE,
+                )
+                .unwrap()
+            };
             (qkv $layer:expr) => {
                 ops::few_qkv(
                     &device,
                     &residual.view(),
                     norm,
                     &qkv[$layer],
-                    ahead("gate_up", $layer),
                     None,
                     &table.view(),
                     Places {
@@ -351,36 +356,14 @@ fn speed() {
                 .unwrap()
             };
             (output $layer:expr) => {
-                ops::few_residual(
-                    &device,
-                    &attended.view(),
-                    &output[$layer],
-                    ahead("down", $layer),
-                    &mut residual.view_mut(),
-                )
-                .unwrap()
+                ops::few_residual(&device, &attended.view(), &output[$layer], &mut residual.view_mut()).unwrap()
             };
             (gate_up $layer:expr) => {
-                ops::few_gate_up(
-                    &device,
-                    &residual.view(),
-                    norm,
-                    &gate_up[$layer],
-                    ahead("qkv", $layer + 1),
-                    &mut gated.view_mut(),
-                )
-                .unwrap()
+                ops::few_gate_up(&device, &residual.view(), norm, &gate_up[$layer], &mut gated.view_mut()).unwrap()
             };
             (down $layer:expr, $segments:expr) => {
-                ops::few_residual_in(
-                    &device,
-                    $segments,
-                    &gated.view(),
-                    &down[$layer],
-                    ahead("output", $layer + 1),
-                    &mut residual.view_mut(),
-                )
-                .unwrap()
+                ops::few_residual_in(&device, $segments, &gated.view(), &down[$layer], &mut residual.view_mut())
+                    .unwrap()
             };
         }
         time("qkv", LAYERS, &mut || (0..LAYERS).for_each(|layer| one!(qkv layer)));
@@ -391,19 +374,33 @@ fn speed() {
                 (0..LAYERS).for_each(|layer| one!(down layer, segments));
             });
         }
-        for (segments, asking) in [(1, false), (1, true), (2, true), (4, false), (4, true)] {
-            asks.set(asking);
-            let what = format!("the four layers, down in {segments}{}", if asking { ", asking ahead" } else { "" });
+        // The second-level cache holds one layer's weights.
+        for (segments, attention, cached) in [
+            (1, false, false),
+            (2, false, false),
+            (4, false, false),
+            (4, false, true),
+            (4, true, false),
+            (4, true, true),
+        ] {
+            let what = format!(
+                "the four layers, down in {segments}{}{}",
+                if attention { ", with attention" } else { "" },
+                if cached { ", weights in the cache" } else { "" }
+            );
             time(&what, LAYERS, &mut || {
                 for layer in 0..LAYERS {
+                    let layer = if cached { 0 } else { layer };
                     one!(qkv layer);
+                    if attention {
+                        one!(attention);
+                    }
                     one!(output layer);
                     one!(gate_up layer);
                     one!(down layer, segments);
                 }
             });
         }
-        asks.set(false);
         for len in [0, tokens * vocab] {
             time(if len == 0 { "head" } else { "head with logits" }, 1, &mut || {
                 let mut logits = logits.view_mut();

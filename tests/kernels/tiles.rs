@@ -34,7 +34,7 @@ fn cases(rig: &Rig) -> Vec<Sizes> {
     let wide = Sizes { tokens: 17, hidden: 1088, heads: heads(4, 2, 96), ffn: 80, vocab: 1111, bias: false };
     let odd = Sizes { tokens: 33, hidden: 320, heads: heads(1, 1, 32), ffn: 144, vocab: 1300, bias: true };
     let mut full = vec![wide, odd, Sizes { tokens: 63, ..small }, Sizes { tokens: 64, ..odd }];
-    full.push(Sizes { tokens: 65, ..small });
+    full.extend([3, 65].map(|tokens| Sizes { tokens, ..small }));
     if rig.device.is_cuda() {
         let real = Sizes { tokens: 64, hidden: 896, heads: heads(14, 2, 64), ffn: 4864, vocab: 151_936, bias: true };
         full.extend([9, 100, 200, 256].map(|tokens| Sizes { tokens, ..wide }));

@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 use half::bf16;
 
 use super::transformer::{Choosing, Model, Step, StepLimits};
-use super::ways::{RUNGS, Tiled};
+use super::ways::{Linear, Plan, RUNGS};
 use crate::device::{
     DeviceError, LINEAR_RUNGS, LinearBackend, LinearChoice, LinearOutput, MemoryKind, Slice, Weight, contract,
 };
-use crate::ops::{self, PAGE, Pages, PrefillTiles, Segment};
+use crate::ops::{self, FEW, PAGE, Pages, PrefillTiles, Segment};
 use crate::testing::TestRng;
 
 /// Rows of random values, repeated to make up a rung: what is multiplied changes a GPU's power, and so its clock, a little.
@@ -27,7 +27,7 @@ fn most_rows(n: usize, bytes: usize) -> usize {
 }
 
 /// Decode steps that are timed at once.
-const STEPS: u32 = 3;
+const STEPS: u32 = 4;
 
 /// Tokens of the prefill that is timed.
 const PREFILL: usize = 2048;
@@ -35,14 +35,40 @@ const PREFILL: usize = 2048;
 /// The position of every row in the steps that are timed: two pages, one of them full.
 const POSITION: usize = 100;
 
+/// What decode steps of `rows` rows take from now on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TilesChoice {
+    /// Rows: those above the last choice's, too.
+    pub rows: usize,
+    /// Which it is, in words.
+    pub what: String,
+    /// A step's time.
+    pub time: Duration,
+    /// The time of what was guessed.
+    pub guess: Duration,
+}
+
+/// What computes steps of so many rows.
+fn in_words(plan: Plan, rows: usize) -> String {
+    if plan.few && rows <= FEW {
+        return "fused layers".to_owned();
+    }
+    let own: Vec<_> = Linear::ALL.into_iter().filter(|&layer| plan.tiled.takes(layer)).map(Linear::name).collect();
+    match own.len() {
+        0 => "no tiles of ours".to_owned(),
+        5 => "our tiles".to_owned(),
+        _ => format!("our tiles for {}", own.join(", ")),
+    }
+}
+
 impl Model {
-    /// Times decode steps in which our own tiles compute all linear layers, those with few outputs, or none, at a ladder of
-    /// rows, and keeps the fastest, for at most `budget`: what is not reached stays as it is. Nothing on the CPU, or where only
-    /// one of them can be. It changes no bits. Returns for each number of rows the times in this order.
+    /// Times decode steps with the fused layers of few rows or our own tiles, and with more rows with each linear layer by our
+    /// own tiles or by the library, at a ladder of rows, and keeps what is fastest, for at most `budget`: what is not reached
+    /// stays as it is. Nothing where there is no choice. It changes no bits.
     ///
     /// # Errors
     /// No memory, or the device's error.
-    pub fn choose_tiles(&self, budget: Duration) -> Result<Vec<(usize, [Duration; 3])>, DeviceError> {
+    pub fn choose_tiles(&self, budget: Duration) -> Result<Vec<TilesChoice>, DeviceError> {
         let device = self.device();
         let mut found = Vec::new();
         let open = self.ways.has_tiles() && device.linear_backend() == LinearBackend::CublasLt;
@@ -69,9 +95,8 @@ impl Model {
                 prefills: &[],
                 logits_rows: &(0..rows as u32).collect::<Vec<_>>(),
             };
-            let mut times = [Duration::MAX; Tiled::ALL.len()];
-            for (tiled, time) in Tiled::ALL.into_iter().zip(&mut times) {
-                self.ways.set_tiled(rung, tiled);
+            let mut time = |plan: Plan| {
+                self.ways.set_plan(rung, plan);
                 let mut steps = |count: u32| {
                     (0..count)
                         .try_for_each(|_| self.forward_choosing(&step, Choosing::Likeliest, &mut cache, &mut workspace))
@@ -81,18 +106,29 @@ impl Model {
                 stopwatch.start()?;
                 steps(STEPS)?;
                 stopwatch.stop()?;
-                *time = stopwatch.elapsed()? / STEPS;
+                Ok::<_, DeviceError>(stopwatch.elapsed()? / STEPS)
+            };
+            let mut best = self.ways.plan(rows);
+            let guess = time(best)?;
+            let mut fastest = guess;
+            // With few rows it is the fused layers or our tiles; with more, each layer is asked about, the largest first.
+            let questions = if rows <= FEW { 1 } else { Linear::ALL.len() };
+            for layer in Linear::ALL.into_iter().rev().take(questions) {
+                let other = if rows <= FEW {
+                    Plan { few: !best.few, ..best }
+                } else {
+                    Plan { tiled: best.tiled.toggled(layer), ..best }
+                };
+                let taken = time(other)?;
+                if taken < fastest {
+                    (best, fastest) = (other, taken);
+                }
             }
-            let fastest = times.iter().zip(Tiled::ALL).min_by_key(|(time, _)| **time);
-            self.ways.set_tiled(rung, fastest.map_or(Tiled::None, |(_, tiled)| tiled));
-            tracing::debug!(
-                rows,
-                "a decode step by our tiles takes {:?}, narrow layers {:?}, none {:?}",
-                times[0],
-                times[1],
-                times[2]
-            );
-            found.push((rows, times));
+            self.ways.set_plan(rung, best);
+            found.push(TilesChoice { rows, what: in_words(best, rows), time: fastest, guess });
+        }
+        for TilesChoice { rows, what, time, guess } in &found {
+            tracing::debug!(rows, "a decode step takes {time:?} with {what}, {guess:?} as was guessed");
         }
         Ok(found)
     }

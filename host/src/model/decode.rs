@@ -12,7 +12,7 @@ use super::transformer::{Choosing, DRAW_ALIGN, Model, Step, Workspace};
 use super::ways::{DecodeWay, Linear, Tiled};
 use crate::device::{DeviceError, Recording, Slice, SliceMut, Weight, contract};
 use crate::ops::{
-    self, BlockTokens, DecodeScratch, FEW, NO_ROW, Norm, PAGE, PagesMut, Places, ROW_WORDS, RowParameters,
+    self, BlockTokens, DecodeBlocks, DecodeScratch, FEW, NO_ROW, Norm, PAGE, PagesMut, Places, ROW_WORDS, RowParameters,
 };
 
 /// What a step leaves behind.
@@ -57,6 +57,7 @@ struct Bucket {
     tiled: Tiled,
     /// Spans of the longest context.
     spans: usize,
+    attention: DecodeBlocks,
     wanted: Wanted,
     /// The cache's memory: a recording has its addresses in it.
     cache: u64,
@@ -119,6 +120,12 @@ fn bucket_rows(rows: usize) -> usize {
     }
 }
 
+/// Spans of the bucket that contexts of `spans` spans fall into: blocks for spans that are not there hold up the kernels
+/// behind, so there are few of them.
+fn bucket_spans(spans: usize) -> usize {
+    spans.next_multiple_of((spans.next_power_of_two() / 8).max(4))
+}
+
 impl Model {
     /// The bucket of a step, if it can be computed as one of these.
     fn bucket(&self, step: &Step<'_>, cache: &KvCache, workspace: &Workspace, wanted: Wanted) -> Option<Bucket> {
@@ -131,10 +138,12 @@ impl Model {
         let (way, tiled) = self.ways.of(self.device(), count)?;
         let longest = step.positions.iter().max().map_or(1, |&position| position as usize + 1);
         let most_spans = self.context_tokens().div_ceil(PAGE);
-        let spans = longest.div_ceil(PAGE).next_power_of_two().clamp(4, most_spans.max(4));
+        let spans = bucket_spans(longest.div_ceil(PAGE)).min(most_spans.max(4));
         let rows = bucket_rows(count).min(limits.decode_rows).min(limits.logits_rows);
         let fits = rows >= count && ops::partials_len(self.heads(), rows, spans) <= workspace.arena.scratch_len();
-        fits.then(|| Bucket { rows, way, tiled, spans, wanted, cache: cache.identity() })
+        let total = step.positions.iter().map(|&position| position as usize / PAGE + 1).sum();
+        let attention = DecodeBlocks::for_contexts(self.device(), self.heads(), longest.div_ceil(PAGE), total);
+        fits.then(|| Bucket { rows, way, tiled, spans, attention, wanted, cache: cache.identity() })
     }
 
     /// How a step of `rows` single tokens is computed, where it is not by separate operations.
@@ -204,8 +213,6 @@ impl Model {
         ops::embedding(device, &tokens, &self.parameters.embedding.rows()?.as_slice(), &mut residual, config.hidden)?;
         let layers = &self.parameters.layers;
         for (index, layer) in layers.iter().enumerate() {
-            // Each kernel asks for weights that are read two kernels later or more.
-            let next = layers.get(index + 1);
             let norm = Norm { gain: layer.input_norm.as_slice(), eps };
             let bias = layer.qkv_bias.as_ref().map(|bias| bias.as_slice());
             let (keys, values) = cache.pages_mut(index);
@@ -215,7 +222,6 @@ impl Model {
                 &residual.as_slice(),
                 norm,
                 &layer.qkv,
-                Some(&layer.gate_up),
                 bias.as_ref(),
                 &rope_table,
                 places,
@@ -223,8 +229,9 @@ impl Model {
                 &mut pages,
                 heads,
             )?;
-            ops::attention_decode(
+            ops::attention_decode_in(
                 device,
+                bucket.attention,
                 &qkv.as_slice(),
                 cache.pages(index),
                 &places.positions,
@@ -235,18 +242,10 @@ impl Model {
                 heads,
                 spans * PAGE,
             )?;
-            ops::few_residual(device, &attended.as_slice(), &layer.output, Some(&layer.down), &mut residual)?;
+            ops::few_residual(device, &attended.as_slice(), &layer.output, &mut residual)?;
             let norm = Norm { gain: layer.post_norm.as_slice(), eps };
-            ops::few_gate_up(
-                device,
-                &residual.as_slice(),
-                norm,
-                &layer.gate_up,
-                next.map(|next| &next.qkv),
-                &mut gated,
-            )?;
-            let ahead = next.map(|next| &next.output);
-            ops::few_residual(device, &gated.as_slice(), &layer.down, ahead, &mut residual)?;
+            ops::few_gate_up(device, &residual.as_slice(), norm, &layer.gate_up, &mut gated)?;
+            ops::few_residual(device, &gated.as_slice(), &layer.down, &mut residual)?;
         }
         let wanted = if bucket.wanted == Wanted::Tokens { 0 } else { rows * config.vocab };
         ops::few_logits(
@@ -305,8 +304,9 @@ impl Model {
                 ops::linear(device, &x, &layer.qkv, &mut qkv)?;
                 ops::rotary_kv_write(device, &mut qkv, &bias, &rope_table, places, &mut pages, heads)?;
             }
-            ops::attention_decode(
+            ops::attention_decode_in(
                 device,
+                bucket.attention,
                 &qkv.as_slice(),
                 cache.pages(index),
                 &places.positions,
@@ -381,6 +381,11 @@ mod tests {
             let bucket = bucket_rows(rows);
             assert!(bucket >= rows && bucket_rows(bucket) == bucket, "{rows}: {bucket}");
             assert!(bucket < 2 * rows, "{rows}: {bucket}");
+        }
+        for spans in 1..2000 {
+            let bucket = bucket_spans(spans);
+            assert!(bucket >= spans && bucket_spans(bucket) == bucket, "{spans}: {bucket}");
+            assert!(bucket < spans + 4 || 4 * bucket < 5 * spans, "{spans}: {bucket}");
         }
     }
 }

@@ -21,7 +21,7 @@ mod ways;
 pub use architecture::{LayerWeights, Weight, Weights};
 pub use arena::Logits;
 pub use checkpoint::{Checkpoint, TensorView};
-pub use choose::MOST_HEAD_ROWS;
+pub use choose::{MOST_HEAD_ROWS, TilesChoice};
 pub use config::{Architecture, HEAD_WIDTHS, MAX_HEAD_RATIO, ModelConfig, WIDTH_MULTIPLE};
 pub use error::ModelError;
 pub use kv_cache::KvCache;

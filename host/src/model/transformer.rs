@@ -451,7 +451,10 @@ impl Model {
                 // with it. Elsewhere in the faster one.
                 let blocks = match device.tensor_cores() {
                     true => DecodeBlocks::PerSpan,
-                    false => DecodeBlocks::for_spans(longest.div_ceil(PAGE), heads),
+                    false => {
+                        let spans = longest.div_ceil(PAGE);
+                        DecodeBlocks::for_contexts(device, heads, spans, rows.len() * spans)
+                    }
                 };
                 ops::attention_decode_in(
                     device,

@@ -11,13 +11,13 @@ use crate::ops::{self, FEW, HeadShape};
 pub enum DecodeWay {
     /// The fused layers of few rows, recorded.
     Few,
-    /// Layers of more rows of which our own tiles compute all or some, recorded.
+    /// Layers of which our own tiles compute all or some, recorded.
     Tiles,
     /// Layers by separate operations, recorded.
     Recorded,
 }
 
-/// A linear layer of a step of more than [`FEW`] rows.
+/// A linear layer of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Linear {
     Qkv,
@@ -27,29 +27,63 @@ pub(super) enum Linear {
     Head,
 }
 
-/// Which linear layers our own tiles compute, with what stands behind them; the others are the library's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Tiled {
-    All,
-    /// Those with few outputs, on which the library's large tiles are wasted.
-    Narrow,
-    None,
-}
+impl Linear {
+    pub(super) const ALL: [Self; 5] = [Self::Qkv, Self::Output, Self::GateUp, Self::Down, Self::Head];
 
-impl Tiled {
-    pub(super) const ALL: [Self; 3] = [Self::All, Self::Narrow, Self::None];
-
-    pub(super) fn takes(self, layer: Linear) -> bool {
+    pub(super) fn name(self) -> &'static str {
         match self {
-            Self::All => true,
-            Self::Narrow => matches!(layer, Linear::Qkv | Linear::Output | Linear::Down),
-            Self::None => false,
+            Self::Qkv => "qkv",
+            Self::Output => "attention output",
+            Self::GateUp => "gate and up",
+            Self::Down => "down",
+            Self::Head => "head",
         }
     }
 }
 
-/// Numbers of rows for which [`Tiled`] is chosen; each stands for those above the one before.
-pub(super) const RUNGS: [usize; 5] = [16, 32, 64, 128, 256];
+/// Which linear layers our own tiles compute, with what stands behind them; the others are the library's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Tiled(u8);
+
+impl Tiled {
+    pub(super) const NONE: Self = Self(0);
+    pub(super) const ALL: Self = Self(0b1_1111);
+    /// Those with few outputs, on which the library's large tiles are wasted.
+    pub(super) const NARROW: Self = Self::NONE.toggled(Linear::Qkv).toggled(Linear::Output).toggled(Linear::Down);
+
+    pub(super) const fn takes(self, layer: Linear) -> bool {
+        self.0 >> layer as u8 & 1 == 1
+    }
+
+    /// With this layer where it was without, or without.
+    pub(super) const fn toggled(self, layer: Linear) -> Self {
+        Self(self.0 ^ 1 << layer as u8)
+    }
+}
+
+/// What computes steps of some number of rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Plan {
+    /// The fused layers of few rows, where they can.
+    pub(super) few: bool,
+    /// What our own tiles compute otherwise.
+    pub(super) tiled: Tiled,
+}
+
+impl Plan {
+    const FEW_BIT: u8 = 1 << 7;
+
+    fn packed(self) -> u8 {
+        self.tiled.0 | if self.few { Self::FEW_BIT } else { 0 }
+    }
+
+    fn unpacked(bits: u8) -> Self {
+        Self { few: bits & Self::FEW_BIT != 0, tiled: Tiled(bits & Tiled::ALL.0) }
+    }
+}
+
+/// Numbers of rows for which a [`Plan`] is chosen; each stands for those above the one before.
+pub(super) const RUNGS: [usize; 8] = [2, 4, FEW, 16, 32, 64, 128, 256];
 
 /// How a model computes decode steps.
 #[derive(Debug)]
@@ -57,8 +91,8 @@ pub(super) struct Ways {
     few: AtomicBool,
     tiles: AtomicBool,
     recorded: AtomicBool,
-    /// An index into [`Tiled::ALL`] for each rung.
-    tiled: [AtomicU8; RUNGS.len()],
+    /// A packed [`Plan`] for each rung.
+    plans: [AtomicU8; RUNGS.len()],
     /// Attention of long prefills by warps of 32 rows.
     wide_warps: AtomicBool,
 }
@@ -71,8 +105,12 @@ impl Ways {
             few: AtomicBool::new(tensor_cores && ops::few_fits(device, heads, config.hidden, config.ffn)),
             tiles: AtomicBool::new(tensor_cores && ops::tiles_fits(device, heads, config.hidden, config.ffn)),
             recorded: AtomicBool::new(tensor_cores),
-            // With more rows, tiles read their operands from the second-level cache more often than the library's larger ones.
-            tiled: [0, 0, 0, 0, 1].map(AtomicU8::new),
+            plans: RUNGS.map(|rung| {
+                // With more rows, tiles read their operands from the second-level cache more often than the library's larger
+                // ones.
+                let tiled = if rung <= 32 { Tiled::ALL } else { Tiled::NARROW };
+                AtomicU8::new(Plan { few: rung <= 2, tiled }.packed())
+            }),
             wide_warps: AtomicBool::new(false),
         }
     }
@@ -106,32 +144,32 @@ impl Ways {
     }
 
     /// Takes it for the rows of a rung from now on.
-    pub(super) fn set_tiled(&self, rung: usize, tiled: Tiled) {
-        let index = Tiled::ALL.iter().position(|&other| other == tiled).unwrap_or(0);
-        if let Some(place) = self.tiled.get(rung) {
-            place.store(index as u8, Ordering::Relaxed);
+    pub(super) fn set_plan(&self, rung: usize, plan: Plan) {
+        if let Some(place) = self.plans.get(rung) {
+            place.store(plan.packed(), Ordering::Relaxed);
         }
     }
 
-    fn tiled(&self, rows: usize) -> Tiled {
+    /// What is taken for so many rows.
+    pub(super) fn plan(&self, rows: usize) -> Plan {
         let rung = RUNGS.iter().position(|&rung| rows <= rung).unwrap_or(RUNGS.len() - 1);
-        Tiled::ALL[usize::from(self.tiled[rung].load(Ordering::Relaxed)) % Tiled::ALL.len()]
+        Plan::unpacked(self.plans[rung].load(Ordering::Relaxed))
     }
 
     /// The way of a step of so many rows, and its layers that tiles compute.
     pub(super) fn of(&self, device: &Device, rows: usize) -> Option<(DecodeWay, Tiled)> {
-        if rows <= FEW && self.is_open(DecodeWay::Few) {
-            return Some((DecodeWay::Few, Tiled::None));
+        let Plan { few, mut tiled } = self.plan(rows);
+        if few && rows <= FEW && self.is_open(DecodeWay::Few) {
+            return Some((DecodeWay::Few, Tiled::NONE));
         }
-        let tiled = match device.linear_backend() {
-            LinearBackend::CublasLt => self.tiled(rows),
+        if device.linear_backend() == LinearBackend::Kernel {
             // Instead of the plain kernel of the contract.
-            LinearBackend::Kernel => Tiled::All,
-        };
-        if tiled != Tiled::None && self.is_open(DecodeWay::Tiles) {
+            tiled = Tiled::ALL;
+        }
+        if tiled != Tiled::NONE && self.is_open(DecodeWay::Tiles) {
             return Some((DecodeWay::Tiles, tiled));
         }
-        self.is_open(DecodeWay::Recorded).then_some((DecodeWay::Recorded, Tiled::None))
+        self.is_open(DecodeWay::Recorded).then_some((DecodeWay::Recorded, Tiled::NONE))
     }
 }
 
@@ -141,11 +179,23 @@ mod tests {
     use crate::device::CpuOptions;
 
     fn ways() -> Ways {
+        let plan = |few, tiled| AtomicU8::new(Plan { few, tiled }.packed());
+        let [all, narrow, none] = [Tiled::ALL, Tiled::NARROW, Tiled::NONE];
         Ways {
             few: AtomicBool::new(true),
             tiles: AtomicBool::new(true),
             recorded: AtomicBool::new(true),
-            tiled: [0, 1, 2, 0, 1].map(AtomicU8::new),
+            plans: [
+                (true, all),
+                (true, none),
+                (false, all),
+                (true, all),
+                (false, narrow),
+                (false, none),
+                (false, all),
+                (false, narrow),
+            ]
+            .map(|(few, tiled)| plan(few, tiled)),
             wide_warps: AtomicBool::new(false),
         }
     }
@@ -155,17 +205,18 @@ mod tests {
         let device = Device::cpu(CpuOptions::default()).unwrap();
         let ways = ways();
         let of = |rows| ways.of(&device, rows);
-        assert_eq!(of(1), Some((DecodeWay::Few, Tiled::None)));
-        assert_eq!(of(9), Some((DecodeWay::Tiles, Tiled::All)));
-        assert_eq!(of(17), Some((DecodeWay::Tiles, Tiled::Narrow)));
-        assert_eq!(of(64), Some((DecodeWay::Recorded, Tiled::None)));
-        assert_eq!(of(1000), Some((DecodeWay::Tiles, Tiled::Narrow)), "beyond the last rung");
-        ways.set_tiled(2, Tiled::All);
-        assert_eq!(of(64), Some((DecodeWay::Tiles, Tiled::All)));
+        assert_eq!([of(1), of(3)], [Some((DecodeWay::Few, Tiled::NONE)); 2]);
+        assert_eq!(of(5), Some((DecodeWay::Tiles, Tiled::ALL)), "not where tiles are faster");
+        assert_eq!(of(9), Some((DecodeWay::Tiles, Tiled::ALL)), "never beyond the most that they take");
+        assert_eq!(of(17), Some((DecodeWay::Tiles, Tiled::NARROW)));
+        assert_eq!(of(64), Some((DecodeWay::Recorded, Tiled::NONE)));
+        assert_eq!(of(1000), Some((DecodeWay::Tiles, Tiled::NARROW)), "beyond the last rung");
+        ways.set_plan(5, Plan { few: false, tiled: Tiled::ALL });
+        assert_eq!(of(64), Some((DecodeWay::Tiles, Tiled::ALL)));
         ways.give_up(DecodeWay::Few);
-        assert_eq!(of(1), Some((DecodeWay::Tiles, Tiled::All)));
+        assert_eq!([of(1), of(3)], [Some((DecodeWay::Tiles, Tiled::ALL)), Some((DecodeWay::Recorded, Tiled::NONE))]);
         ways.give_up(DecodeWay::Tiles);
-        assert_eq!([of(1), of(64)], [Some((DecodeWay::Recorded, Tiled::None)); 2]);
+        assert_eq!([of(1), of(64)], [Some((DecodeWay::Recorded, Tiled::NONE)); 2]);
         ways.give_up(DecodeWay::Recorded);
         assert_eq!([of(1), of(64)], [None; 2]);
     }
@@ -174,6 +225,17 @@ mod tests {
     fn where_the_library_is_not_trusted_tiles_take_all() {
         let device = Device::cpu(CpuOptions { tensor_cores: true, ..CpuOptions::default() }).unwrap();
         assert_eq!(device.linear_backend(), LinearBackend::Kernel);
-        assert_eq!(ways().of(&device, 64), Some((DecodeWay::Tiles, Tiled::All)));
+        assert_eq!(ways().of(&device, 64), Some((DecodeWay::Tiles, Tiled::ALL)));
+    }
+
+    #[test]
+    fn layers_are_toggled_one_by_one() {
+        let all = Linear::ALL.into_iter().fold(Tiled::NONE, Tiled::toggled);
+        assert_eq!(all, Tiled::ALL);
+        for layer in Linear::ALL {
+            let without = Tiled::ALL.toggled(layer);
+            assert!(Linear::ALL.into_iter().all(|other| without.takes(other) == (other != layer)));
+            assert_eq!(Plan::unpacked(Plan { few: true, tiled: without }.packed()), Plan { few: true, tiled: without });
+        }
     }
 }

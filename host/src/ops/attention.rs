@@ -235,11 +235,14 @@ pub enum DecodeBlocks {
 }
 
 impl DecodeBlocks {
-    /// The layout for contexts of at most `spans` spans: a block takes two rounds of spans in about the time in which blocks
-    /// of their own hand them over to the last one.
+    /// The layout for contexts of `total` spans together, `longest` the longest of them. A block of its own takes a context's
+    /// spans one round after the other; blocks for each span hand their parts over to the last one, and share the
+    /// multiprocessors. So one context of more than a round is taken apart, many of about one length are not (measured on an
+    /// H100: `attention::speed`).
     #[must_use]
-    pub fn for_spans(spans: usize, heads: HeadShape) -> Self {
-        if spans <= 2 * short::warps(heads.width) { Self::PerContext } else { Self::PerSpan }
+    pub fn for_contexts(device: &Device, heads: HeadShape, longest: usize, total: usize) -> Self {
+        let shared = 12 * heads.kv_heads * total / (5 * device.multiprocessors().max(1));
+        if longest <= short::warps(heads.width) + shared { Self::PerContext } else { Self::PerSpan }
     }
 }
 
@@ -264,7 +267,8 @@ pub fn attention_decode(
     heads: HeadShape,
     longest: usize,
 ) -> Result<(), DeviceError> {
-    let blocks = DecodeBlocks::for_spans(longest.div_ceil(SPAN), heads);
+    let spans = longest.div_ceil(SPAN);
+    let blocks = DecodeBlocks::for_contexts(device, heads, spans, positions.len() * spans);
     attention_decode_in(device, blocks, qkv, pages, positions, row_tables, page_tables, scratch, out, heads, longest)
 }
 

@@ -72,14 +72,6 @@ fn grid(name: &str, blocks: usize, tokens: usize, width: usize, layout: few::Lay
     Ok(Grid { blocks: [size(name, blocks)?, 1, 1], dynamic_shared_bytes: size(name, bytes)? })
 }
 
-/// What a later kernel will read, for this one to bring into the cache; or nothing.
-fn asked<'a>(weight: &'a Weight, ahead: Option<&'a Weight>) -> Result<Slice<'a, bf16>, DeviceError> {
-    match ahead {
-        Some(ahead) => Ok(ahead.rows()?.as_slice()),
-        None => weight.rows()?.slice(..0),
-    }
-}
-
 fn check(name: &str, tokens: usize, width: usize) -> Result<(), DeviceError> {
     expect((1..=FEW).contains(&tokens) && width.is_multiple_of(few::STAGE) && width > 0, name, || {
         format!("{tokens} tokens of {width}: at most {FEW} of a multiple of {} are supported", few::STAGE)
@@ -87,7 +79,7 @@ fn check(name: &str, tokens: usize, width: usize) -> Result<(), DeviceError> {
 }
 
 /// Normalises `residual` \[T, C\], computes queries, keys and values, rotates them (pairs i and i + D/2), leaves the queries in
-/// `queries` \[T, (H + 2 G) D\] and stores keys and values in their pages. `ahead` is a weight that will be read soon.
+/// `queries` \[T, (H + 2 G) D\] and stores keys and values in their pages.
 ///
 /// # Errors
 /// A shape that does not fit, or the launch's error.
@@ -97,7 +89,6 @@ pub fn few_qkv(
     residual: &Slice<'_, f32>,
     norm: Norm<'_>,
     weight: &Weight,
-    ahead: Option<&Weight>,
     bias: Option<&Slice<'_, bf16>>,
     rope_table: &Slice<'_, f32>,
     places: Places<'_>,
@@ -133,7 +124,6 @@ pub fn few_qkv(
             &norm.gain,
             &weight.rows()?.as_slice(),
             bias.unwrap_or(&none),
-            &asked(weight, ahead)?,
             rope_table,
             &places.positions,
             &places.row_tables,
@@ -152,8 +142,7 @@ pub fn few_qkv(
     )
 }
 
-/// Normalises `residual` \[T, C\], computes gate and up, and leaves silu(gate) * up in `out` \[T, F\]. `ahead` as in
-/// [`few_qkv()`].
+/// Normalises `residual` \[T, C\], computes gate and up, and leaves silu(gate) * up in `out` \[T, F\].
 ///
 /// # Errors
 /// A shape that does not fit, or the launch's error.
@@ -162,7 +151,6 @@ pub fn few_gate_up(
     residual: &Slice<'_, f32>,
     norm: Norm<'_>,
     weight: &Weight,
-    ahead: Option<&Weight>,
     out: &mut SliceMut<'_, bf16>,
 ) -> Result<(), DeviceError> {
     const NAME: &str = "few_gate_up";
@@ -185,7 +173,6 @@ pub fn few_gate_up(
             residual,
             &norm.gain,
             &weight.rows()?.as_slice(),
-            &asked(weight, ahead)?,
             out,
             size(NAME, tokens)?,
             size(NAME, width)?,
@@ -196,7 +183,7 @@ pub fn few_gate_up(
     )
 }
 
-/// `residual` \[T, C\] += `x` \[T, K\] times the weight, whose K is cut as the contract says. `ahead` as in [`few_qkv()`].
+/// `residual` \[T, C\] += `x` \[T, K\] times the weight, whose K is cut as the contract says.
 ///
 /// # Errors
 /// A shape that does not fit, or the launch's error.
@@ -204,10 +191,9 @@ pub fn few_residual(
     device: &Device,
     x: &Slice<'_, bf16>,
     weight: &Weight,
-    ahead: Option<&Weight>,
     residual: &mut SliceMut<'_, f32>,
 ) -> Result<(), DeviceError> {
-    few_residual_in(device, contract::segments(weight.n(), weight.k()), x, weight, ahead, residual)
+    few_residual_in(device, contract::segments(weight.n(), weight.k()), x, weight, residual)
 }
 
 /// As [`few_residual()`], with K in 1, 2 or 4 segments.
@@ -219,7 +205,6 @@ pub fn few_residual_in(
     segments: usize,
     x: &Slice<'_, bf16>,
     weight: &Weight,
-    ahead: Option<&Weight>,
     residual: &mut SliceMut<'_, f32>,
 ) -> Result<(), DeviceError> {
     const NAME: &str = "few_residual";
@@ -237,7 +222,7 @@ pub fn few_residual_in(
     expect(shaped, NAME, || format!("x {}, weight {outputs} x {width}, residual {}", x.len(), residual.len()))?;
     let grid = grid(NAME, outputs.div_ceil(16), tokens, width, few_residual::residual_layout(segments))?;
     let (tokens, outputs, width) = (size(NAME, tokens)?, size(NAME, outputs)?, size(NAME, width)?);
-    device.launch(kernel(x, &weight.rows()?.as_slice(), &asked(weight, ahead)?, residual, tokens, outputs, width), grid)
+    device.launch(kernel(x, &weight.rows()?.as_slice(), residual, tokens, outputs, width), grid)
 }
 
 /// Normalises `residual` \[T, C\] and computes the head: `logits` \[T, V\] where given, and the token that

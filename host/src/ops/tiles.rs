@@ -175,7 +175,8 @@ pub fn tile_parts(
     expect(parts.len() == segments * tokens * outputs && outputs.is_multiple_of(16), NAME, || {
         format!("parts of {}, {segments} x {tokens} x {outputs} (a multiple of 16)", parts.len())
     })?;
-    let chosen = block.layout(NAME, device, &PARTS, tokens, outputs * segments)?;
+    // A block of a segment works longer than one of a narrow layer: more of them keep the device busy.
+    let chosen = block.layout(NAME, device, &PARTS, tokens, outputs * segments.div_ceil(2))?;
     let layout = PARTS[chosen];
     let kernel = match chosen {
         0 => tile_parts::tile_parts_16::launch,

@@ -6,8 +6,9 @@ use crate::device::{DeviceError, MemoryKind};
 use crate::model::{Choosing, DecodeWay, KvCache, Model, Prefill, Step, StepLimits, Workspace};
 use crate::ops::{self, PAGE};
 
-/// Rows of the quick check, which a server makes before it serves: every kind of kernel, with padding and without.
-pub(super) const QUICK: [usize; 6] = [1, 3, 8, 9, 33, 130];
+/// Rows of the quick check, which a server makes before it serves: every number of rows for which a way is chosen, with
+/// padding and without.
+pub(super) const QUICK: [usize; 8] = [1, 3, 8, 9, 20, 33, 100, 130];
 
 /// Rows of the full check.
 pub(super) const FULL: [usize; 14] = [1, 2, 3, 4, 5, 7, 8, 9, 16, 23, 64, 65, 130, 256];

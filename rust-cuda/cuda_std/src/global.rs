@@ -243,36 +243,6 @@ impl<T: Element> In<'_, T> {
         unsafe { self.pointer.add(index) }
     }
 
-    /// Asks for `count` elements from `index` on to be brought into the second-level cache (`cp.async.bulk.prefetch.L2`), a
-    /// multiple of 16 bytes from a multiple of 16 on. A hint: it changes nothing that can be read, and GPUs before compute
-    /// capability 9.0 do nothing.
-    #[inline(always)]
-    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-    pub fn prefetch(&self, index: usize, count: usize) {
-        self.check(index, count);
-        #[cfg(all(target_arch = "nvptx64", target_feature = "sm_90"))]
-        // SAFETY: checked just above; nothing that the program sees is read or written.
-        unsafe {
-            core::arch::asm!("cp.async.bulk.prefetch.L2.global [{}], {};",
-                in(reg64) self.pointer.add(index), in(reg32) (count * size_of::<T>()) as u32,
-                options(nostack, readonly, preserves_flags));
-        }
-        #[cfg(not(target_arch = "nvptx64"))]
-        {
-            // SAFETY: inside the buffer; the address is only compared.
-            cpu::check_alignment(unsafe { self.pointer.add(index) } as usize, 16);
-            assert!((count * size_of::<T>()).is_multiple_of(16), "prefetch of {count} elements");
-        }
-    }
-
-    /// The same buffer with nothing in it.
-    #[inline(always)]
-    #[must_use]
-    pub fn none(mut self) -> Self {
-        self.length = 0;
-        self
-    }
-
     /// As `load`, but marked as streaming: the lines are not kept in the first-level cache. For weights, which a
     /// step reads once.
     ///

@@ -33,20 +33,24 @@ pub(super) fn start(
         let model = Arc::new(Model::load(&device, folder, None, &mut |_, _| {})?);
         load_ms.push(milliseconds(loading));
         let choosing = Instant::now();
-        choose(&model)?;
+        let choices = choose(&model)?;
         choose_ms.push(milliseconds(choosing));
         let testing = Instant::now();
         let started = ready(model, &options)?;
         ready_ms.push(milliseconds(testing));
         total_ms.push(milliseconds(began));
         if total_ms.len() == runs {
-            let figures = vec![
+            let mut figures = vec![
                 Figure::of("start: device", "ms", &open_ms),
                 Figure::of("start: load", "ms", &load_ms),
                 Figure::of("start: choice by timing", "ms", &choose_ms),
                 Figure::of("start: self-test and engine", "ms", &ready_ms),
                 Figure::of("start to ready", "ms", &total_ms),
             ];
+            figures.extend(choices.into_iter().map(|choice| {
+                let what = format!("chosen: {}", choice.what);
+                Figure::of(&what, "ms", &[choice.time.as_secs_f64() * 1e3]).batch(choice.rows)
+            }));
             return Ok((started, figures));
         }
     }
