@@ -240,7 +240,7 @@ pub(crate) fn logits(rig: &mut Rig) {
                 .unwrap();
                 let what = format!("{name}, {tokens} tokens of {hidden} x {vocab}");
                 assert_same(&rig.read(name, &found), &logits[..wanted], &what);
-                assert_same(&rig.read("few_argmax", &chosen), &ids, &what);
+                assert_same(&rig.read(name, &chosen), &ids, &what);
             }
         }
     }

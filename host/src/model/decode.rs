@@ -10,7 +10,7 @@ use super::KvCache;
 use super::arena::LayerValues;
 use super::transformer::{Choosing, DRAW_ALIGN, Model, Step, Workspace};
 use super::ways::{DecodeWay, Linear, Tiled};
-use crate::device::{DeviceError, Recording, Slice, SliceMut, Weight, contract};
+use crate::device::{DeviceError, LinearBackend, Recording, Slice, SliceMut, Weight, contract};
 use crate::ops::{
     self, BlockTokens, DecodeBlocks, DecodeScratch, FEW, NO_ROW, Norm, PAGE, PagesMut, Places, ROW_WORDS, RowParameters,
 };
@@ -93,6 +93,9 @@ const PADDING_DRAW: RowParameters = RowParameters {
 #[derive(Debug, Default)]
 pub(super) struct Recordings(VecDeque<(Bucket, Recording)>);
 
+/// Most rows for which our own tiles compute the head where logits are wanted.
+const HEAD_ROWS: usize = 32;
+
 /// How many recordings are kept. One is about a hundred launches; buckets in use at a time are few.
 const RECORDINGS: usize = 128;
 
@@ -139,7 +142,9 @@ impl Model {
         let longest = step.positions.iter().max().map_or(1, |&position| position as usize + 1);
         let most_spans = self.context_tokens().div_ceil(PAGE);
         let spans = bucket_spans(longest.div_ceil(PAGE)).min(most_spans.max(4));
-        let rows = bucket_rows(count).min(limits.decode_rows).min(limits.logits_rows);
+        // A tile has 16 rows at least.
+        let least = if way == DecodeWay::Tiles { 16 } else { 1 };
+        let rows = bucket_rows(count).max(least).min(limits.decode_rows).min(limits.logits_rows);
         let fits = rows >= count && ops::partials_len(self.heads(), rows, spans) <= workspace.arena.scratch_len();
         let total = step.positions.iter().map(|&position| position as usize / PAGE + 1).sum();
         let attention = DecodeBlocks::for_contexts(self.device(), self.heads(), longest.div_ceil(PAGE), total);
@@ -337,7 +342,10 @@ impl Model {
         }
         let x = head_normed.as_slice();
         let mut chosen = workspace.chosen.slice_mut(..rows)?;
-        if tiled.takes(Linear::Head) {
+        // Without logits a tile saves their way to memory and back; with them, and many rows, the library is faster.
+        let library =
+            bucket.wanted != Wanted::Tokens && rows > HEAD_ROWS && device.linear_backend() != LinearBackend::Kernel;
+        if tiled.takes(Linear::Head) && !library {
             let wanted = if bucket.wanted == Wanted::Tokens { 0 } else { rows * config.vocab };
             let mut logits = workspace.arena.logits(wanted)?.values;
             let best = &mut workspace.best.as_slice_mut();
