@@ -43,6 +43,8 @@ mod module;
 mod recording;
 #[cfg(test)]
 mod tests;
+#[cfg(feature = "timeline")]
+mod timeline;
 
 /// A GPU. The fields are dropped in this order: what needs the context goes before it.
 pub struct Cuda {

@@ -18,6 +18,9 @@ pub(super) struct Module {
     image: String,
     functions: HashMap<&'static str, Function>,
     context: Arc<Context>,
+    /// The kernels by their numbers in the timeline.
+    #[cfg(feature = "timeline")]
+    names: Vec<String>,
 }
 
 // SAFETY: the driver's handles may be used from any thread in which the context is current, and every use makes it so.
@@ -57,7 +60,10 @@ impl Module {
             ))
         })?;
         check(image.ptx, kernels).map_err(|text| DeviceError::ModelLoadFailed(format!("{}: {text}", image.name())))?;
-        let ptx = CString::new(only(image.ptx, kernels))
+        let text = only(image.ptx, kernels);
+        #[cfg(feature = "timeline")]
+        let (text, names) = super::timeline::instrument(&text);
+        let ptx = CString::new(text)
             .map_err(|_| DeviceError::ModelLoadFailed(format!("the image {} has a NUL byte", image.name())))?;
         context.enter()?;
         let mut log = vec![0_u8; LOG_BYTES];
@@ -75,7 +81,14 @@ impl Module {
             DeviceError::ModelLoadFailed,
             &format!("the driver refuses the kernels for {} (a newer driver may take them): {text}", image.name()),
         )?;
-        let mut this = Self { module, image: image.name(), functions: HashMap::new(), context: Arc::clone(context) };
+        let mut this = Self {
+            module,
+            image: image.name(),
+            functions: HashMap::new(),
+            context: Arc::clone(context),
+            #[cfg(feature = "timeline")]
+            names,
+        };
         let waiting = waiting_entries(image.ptx);
         for kernel in kernels {
             let function = this.function(kernel, waiting.contains(kernel.name))?;
@@ -225,6 +238,13 @@ impl Drop for Module {
         unsafe {
             let _ = self.context.make_current();
             let _ = sys::cuStreamSynchronize(self.context.stream());
+            #[cfg(feature = "timeline")]
+            if let (Some(file), Some(words)) =
+                (std::env::var_os(super::timeline::FILE), super::timeline::read(self.module))
+                && let Err(error) = super::timeline::write(&words, &self.names, file.as_ref())
+            {
+                tracing::warn!("{error}");
+            }
             let _ = sys::cuModuleUnload(self.module);
         }
     }
