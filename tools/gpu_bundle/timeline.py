@@ -25,7 +25,7 @@ def launches(rows):
     """Groups blocks, which come in the order of their ends, by launch."""
     found, current = [], {}
     for row in rows:
-        name, block = row["kernel"], (row["x"], row["y"])
+        name, block = row["kernel"], (row["x"], row["y"], row["z"])
         start, waited, end = (int(row[key]) for key in ("start_ns", "waited_ns", "end_ns"))
         launch = current.get(name)
         if launch is None or block in launch["blocks"] or end - launch["end"] > APART:
@@ -74,7 +74,7 @@ def listing(found, count):
 
 def self_test():
     def rows(times):
-        return [dict(kernel=k, x=str(x), y="0", start_ns=str(s), waited_ns=str(w), end_ns=str(e)) for k, x, s, w, e in times]
+        return [dict(kernel=k, x=str(x), y="0", z="0", start_ns=str(s), waited_ns=str(w), end_ns=str(e)) for k, x, s, w, e in times]
 
     found = launches(rows([
         ("a", 0, 0, 0, 900), ("a", 1, 50, 50, 1000), ("b", 0, 100, 1500, 3000), ("b", 1, 300, 1500, 4000),
