@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use half::bf16;
 
-use super::transformer::{Choosing, Model, Step, StepLimits};
 use super::ways::{Linear, Plan, RUNGS};
+use super::{Choosing, Model, Step, StepLimits};
 use crate::device::{
     DeviceError, LINEAR_RUNGS, LinearBackend, LinearChoice, LinearOutput, MemoryKind, Slice, Weight, contract,
 };

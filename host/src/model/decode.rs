@@ -8,8 +8,9 @@ use half::bf16;
 
 use super::KvCache;
 use super::arena::LayerValues;
-use super::transformer::{Choosing, DRAW_ALIGN, Model, Step, Workspace};
 use super::ways::{DecodeWay, Linear, Tiled};
+use super::workspace::DRAW_ALIGN;
+use super::{Choosing, Model, Step, Workspace};
 use crate::device::{DeviceError, LinearBackend, Recording, Slice, SliceMut, Weight, contract};
 use crate::ops::{
     self, BlockTokens, DecodeBlocks, DecodeScratch, FEW, NO_ROW, Norm, PAGE, PagesMut, Places, ROW_WORDS, RowParameters,
@@ -93,6 +94,9 @@ const PADDING_DRAW: RowParameters = RowParameters {
 #[derive(Debug, Default)]
 pub(super) struct Recordings(VecDeque<(Bucket, Recording)>);
 
+/// Rows of the smallest tile.
+const TILE: usize = 16;
+
 /// Most rows for which our own tiles compute the head where logits are wanted.
 const HEAD_ROWS: usize = 32;
 
@@ -142,9 +146,9 @@ impl Model {
         let longest = step.positions.iter().max().map_or(1, |&position| position as usize + 1);
         let most_spans = self.context_tokens().div_ceil(PAGE);
         let spans = bucket_spans(longest.div_ceil(PAGE)).min(most_spans.max(4));
-        // A tile has 16 rows at least.
-        let least = if way == DecodeWay::Tiles { 16 } else { 1 };
-        let rows = bucket_rows(count).max(least).min(limits.decode_rows).min(limits.logits_rows);
+        // Rows that a tile lacks would all be read as its last one, by all blocks at once: slower than rows of their own.
+        let granule = if way == DecodeWay::Tiles { TILE } else { 1 };
+        let rows = bucket_rows(count).next_multiple_of(granule).min(limits.decode_rows).min(limits.logits_rows);
         let fits = rows >= count && ops::partials_len(self.heads(), rows, spans) <= workspace.arena.scratch_len();
         let total = step.positions.iter().map(|&position| position as usize / PAGE + 1).sum();
         let attention = DecodeBlocks::for_contexts(self.device(), self.heads(), longest.div_ceil(PAGE), total);

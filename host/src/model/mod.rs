@@ -13,10 +13,12 @@ mod error;
 mod kv_cache;
 mod load;
 mod rope;
+mod step;
 #[cfg(test)]
 mod test_folder;
 mod transformer;
 mod ways;
+mod workspace;
 
 pub use architecture::{LayerWeights, Weight, Weights};
 pub use arena::Logits;
@@ -27,5 +29,7 @@ pub use error::ModelError;
 pub use kv_cache::KvCache;
 pub use load::LoadError;
 pub use rope::{Rope, RopeScaling, RopeTable};
-pub use transformer::{Choosing, LinearLayer, Model, Prefill, Step, StepLimits, Workspace};
+pub use step::{Choosing, Prefill, Step, StepLimits};
+pub use transformer::{LinearLayer, Model};
 pub use ways::DecodeWay;
+pub use workspace::Workspace;

@@ -6,17 +6,15 @@
 use std::ops::Range;
 use std::path::Path;
 
-use half::bf16;
-
-use super::arena::{Arena, ArenaSizes, LayerValues, Logits};
-use super::decode::{Recordings, Tokens};
+use super::arena::{Arena, LayerValues, Logits};
+use super::decode::Tokens;
 use super::load::{self, LoadError, Parameters};
 use super::ways::Ways;
-use super::{Checkpoint, KvCache, ModelConfig};
+use super::workspace::DRAW_ALIGN;
+use super::{Checkpoint, Choosing, KvCache, ModelConfig, Prefill, Step, Workspace};
 use crate::device::{Buffer, Device, DeviceError, MemoryKind, Slice, Weight, contract};
 use crate::ops::{
-    self, DecodeBlocks, DecodeScratch, HeadShape, PAGE, PagesMut, Places, PrefillTiles, ROW_WORDS, RowParameters,
-    SampleParams, Segment,
+    self, DecodeBlocks, DecodeScratch, HeadShape, PAGE, PagesMut, Places, PrefillTiles, ROW_WORDS, SampleParams,
 };
 
 /// A model on a device.
@@ -52,104 +50,6 @@ impl<'a> LinearLayer<'a> {
     fn to_residual(name: &'static str, weight: &'a Weight) -> Self {
         Self { name, weight, segments: contract::segments(weight.n(), weight.k()) }
     }
-}
-
-/// Some rows of a step that are consecutive tokens of one sequence, more than one or not.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Prefill {
-    /// Their first row in the step.
-    pub first_row: usize,
-    /// How many.
-    pub rows: usize,
-    /// The first one's position in its sequence.
-    pub first_position: usize,
-    /// Where their sequence's page table starts in [`Step::page_tables`].
-    pub table_start: usize,
-    /// Pages in that table.
-    pub table_len: usize,
-}
-
-impl Prefill {
-    fn segment(&self) -> Segment {
-        let Self { first_row, rows, first_position, table_start, .. } = *self;
-        Segment { first_row, rows, first_position, table_start }
-    }
-}
-
-/// What a step computes. A row is a token; first the rows that are one new token of a sequence each, then the prefills.
-#[derive(Clone, Copy, Debug)]
-pub struct Step<'a> {
-    /// \[T\] token ids.
-    pub tokens: &'a [u32],
-    /// \[T\] positions in their sequences.
-    pub positions: &'a [u32],
-    /// \[T\] where each row's sequence starts in `page_tables`.
-    pub row_tables: &'a [u32],
-    /// The page tables of all sequences, one after the other.
-    pub page_tables: &'a [u32],
-    /// Rows that are single tokens: these come first.
-    pub decode_rows: usize,
-    /// The other rows, in order and without gaps.
-    pub prefills: &'a [Prefill],
-    /// Rows whose logits are wanted.
-    pub logits_rows: &'a [u32],
-}
-
-/// Who chooses the tokens of the rows with logits.
-#[derive(Clone, Copy, Debug)]
-pub enum Choosing<'a> {
-    /// Whoever asked for the step: it leaves logits.
-    Caller,
-    /// The step takes the likeliest token of each row. Where that is faster it writes no logits.
-    Likeliest,
-    /// The step draws a token of each row, from what the model said of it and these, one for each row.
-    Drawn(&'a [RowParameters]),
-}
-
-impl Choosing<'_> {
-    /// Whether some row is to be drawn by top-p from the whole vocabulary.
-    pub(super) fn needs_whole_mass(&self) -> bool {
-        matches!(self, Self::Drawn(draws) if draws.iter().any(RowParameters::needs_whole_mass))
-    }
-}
-
-/// How large a step may be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StepLimits {
-    /// Rows.
-    pub rows: usize,
-    /// Rows that are single tokens.
-    pub decode_rows: usize,
-    /// Rows with logits.
-    pub logits_rows: usize,
-    /// Entries of all page tables together.
-    pub table_entries: usize,
-}
-
-/// The memory of a step's intermediate values, allocated once and used again by each step.
-#[derive(Debug)]
-pub struct Workspace {
-    limits: StepLimits,
-    vocab: usize,
-    /// Tokens, positions, row tables, logits rows, page tables, prefill tiles and draws of a step: one upload.
-    pub(super) indices: Buffer<u32>,
-    pub(super) staging: Vec<u32>,
-    pub(super) residual: Buffer<f32>,
-    pub(super) normed: Buffer<bf16>,
-    pub(super) qkv: Buffer<f32>,
-    pub(super) counters: Buffer<u32>,
-    pub(super) attended: Buffer<bf16>,
-    /// Gate and up, gated, attention partials, parts of a layer's output; then logits.
-    pub(super) arena: Arena,
-    /// Rows that a feed-forward layer takes at once.
-    feed_rows: usize,
-    head_rows: Buffer<f32>,
-    pub(super) head_normed: Buffer<bf16>,
-    /// The best token that each block of the head found.
-    pub(super) best: Buffer<u64>,
-    /// The tokens chosen by the step, of the rows with logits.
-    pub(super) chosen: Buffer<u32>,
-    pub(super) recordings: Recordings,
 }
 
 impl Model {
@@ -239,57 +139,6 @@ impl Model {
         KvCache::new(&self.device, self.config.layers, self.heads(), page_count)
     }
 
-    /// A workspace for steps up to `limits`.
-    ///
-    /// # Errors
-    /// No memory, or a limit of 0.
-    pub fn workspace(&self, limits: StepLimits) -> Result<Workspace, DeviceError> {
-        let (config, heads, device) = (&self.config, self.heads(), &self.device);
-        let spans = self.context_tokens.div_ceil(PAGE);
-        let partials = |rows| ops::partials_len(heads, rows, spans);
-        let bounded_partials = partials(limits.decode_rows).min(PARTIALS.max(partials(1)));
-        let tiles = PrefillTiles::max_numbers(limits.rows);
-        let draws = limits.logits_rows * ROW_WORDS + DRAW_ALIGN;
-        let indices = 3 * limits.rows + limits.logits_rows + limits.table_entries + tiles + draws;
-        let counters = ops::counters_len(heads, limits.decode_rows.max(1));
-        let segments = |k| contract::segments(config.hidden, k);
-        let feed_rows = limits.rows.min(FEED_ROWS.max(limits.decode_rows));
-        let part_rows = (segments(heads.query_width()) * limits.rows).max(segments(config.ffn) * feed_rows);
-        let activation = |len: usize, label: &str| device.alloc_unwritten::<f32>(len, MemoryKind::Activations, label);
-        let operand = |len: usize, label: &str| device.alloc_unwritten::<bf16>(len, MemoryKind::Activations, label);
-        Ok(Workspace {
-            limits,
-            vocab: config.vocab,
-            indices: device.alloc_unwritten(indices, MemoryKind::Activations, "step indices")?,
-            staging: Vec::with_capacity(indices),
-            residual: activation(limits.rows * config.hidden, "residual stream")?,
-            normed: operand(limits.rows * config.hidden, "normalised rows")?,
-            qkv: activation(limits.rows * heads.qkv_width(), "queries, keys and values")?,
-            counters: device.alloc(counters, MemoryKind::Activations, "attention counters")?,
-            attended: operand(limits.rows * heads.query_width(), "attention output")?,
-            arena: Arena::new(
-                device,
-                ArenaSizes {
-                    gate_up: feed_rows * 2 * config.ffn,
-                    gated: feed_rows * config.ffn,
-                    scratch: bounded_partials.max(part_rows * config.hidden),
-                    logits: limits.logits_rows * config.vocab,
-                    spare: ops::spare_for_choosing(device, limits.logits_rows, config.vocab),
-                },
-            )?,
-            feed_rows: FEED_ROWS,
-            head_rows: activation(limits.logits_rows * config.hidden, "rows with logits")?,
-            head_normed: operand(limits.logits_rows * config.hidden, "normalised rows with logits")?,
-            best: device.alloc_unwritten(
-                ops::best_len(device).max(ops::tile_best_len(device)),
-                MemoryKind::Activations,
-                "best tokens",
-            )?,
-            chosen: device.alloc_unwritten(limits.logits_rows, MemoryKind::Activations, "chosen tokens")?,
-            recordings: Recordings::default(),
-        })
-    }
-
     pub(super) fn head(&self) -> &Weight {
         self.parameters.head.as_ref().unwrap_or(&self.parameters.embedding)
     }
@@ -343,7 +192,7 @@ impl Model {
         cache: &mut KvCache,
         workspace: &mut Workspace,
     ) -> Result<(), DeviceError> {
-        self.check(step, cache, workspace)?;
+        step.check(self, cache, workspace.limits())?;
         self.compute(step, Choosing::Caller, cache, workspace, Tokens::Given)
     }
 
@@ -355,7 +204,7 @@ impl Model {
         workspace: &mut Workspace,
         tokens: Tokens,
     ) -> Result<(), DeviceError> {
-        self.check(step, cache, workspace)?;
+        step.check(self, cache, workspace.limits())?;
         if let Choosing::Drawn(draws) = choosing
             && draws.len() != step.logits_rows.len()
         {
@@ -527,55 +376,7 @@ impl Model {
         }
         Ok(())
     }
-
-    /// An error where a kernel would otherwise fault.
-    fn check(&self, step: &Step<'_>, cache: &KvCache, workspace: &Workspace) -> Result<(), DeviceError> {
-        let (rows, limits) = (step.tokens.len(), workspace.limits);
-        let ordered = step.prefills.iter().try_fold(step.decode_rows, |next, prefill| {
-            (prefill.first_row == next && prefill.table_start + prefill.table_len <= step.page_tables.len())
-                .then_some(next + prefill.rows)
-        });
-        let wrong = if rows == 0 || step.positions.len() != rows || step.row_tables.len() != rows {
-            Some("tokens, positions and row tables have one length, not 0")
-        } else if ordered != Some(rows) {
-            Some("decode rows and prefills follow each other without gaps")
-        } else if rows > limits.rows
-            || step.decode_rows > limits.decode_rows
-            || step.logits_rows.len() > limits.logits_rows
-            || step.page_tables.len() > limits.table_entries
-        {
-            Some("the step is inside the workspace's limits")
-        } else if step.tokens.iter().any(|&id| id as usize >= self.config.vocab) {
-            Some("every token is in the vocabulary")
-        } else if step.positions.iter().any(|&position| position as usize >= self.context_tokens) {
-            Some("every position is in the context")
-        } else if step.page_tables.iter().any(|&page| page as usize >= cache.page_count()) {
-            Some("every page is in the cache")
-        } else if step
-            .row_tables
-            .iter()
-            .zip(step.positions)
-            .any(|(&start, &position)| start as usize + position as usize / PAGE >= step.page_tables.len())
-        {
-            Some("every row has a page for its position")
-        } else if step.logits_rows.iter().any(|&row| row as usize >= rows) {
-            Some("logits are of rows of the step")
-        } else {
-            None
-        };
-        wrong.map_or(Ok(()), |rule| Err(DeviceError::InvalidParameter(format!("a step must be such that {rule}"))))
-    }
 }
-
-/// f32 elements of attention partials (64 MiB) that a step has at most, as long as one row needs no more. Hundreds of
-/// long contexts would need gigabytes; beyond this they are computed in groups, one after the other.
-const PARTIALS: usize = 1 << 24;
-
-/// Rows that a feed-forward layer takes at once: a long prefill goes through it in parts. Between gate, up and down a row has
-/// 3 times the feed-forward width in bf16, which parts of about 1024 rows keep in a GPU's second-level cache, at the price of
-/// products whose tiles fill a GPU less well. `cargo test --test kernels -- --ignored --nocapture prefill::speed` measures
-/// both. At least the longest prefill of a step: not cut. It changes no bit.
-const FEED_ROWS: usize = 4096;
 
 /// Rows of a tile of a large product: parts are whole tiles.
 const TILE_ROWS: usize = 128;
@@ -586,9 +387,6 @@ fn feed_parts(rows: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
     let part = rows.div_ceil(rows.div_ceil(most.max(1)).max(1)).next_multiple_of(granule).max(1);
     (0..rows).step_by(part).map(move |start| start..rows.min(start + part))
 }
-/// The records of draws start at multiples of so many words, 16 bytes.
-pub(super) const DRAW_ALIGN: usize = 4;
-
 /// Single-token rows whose attention is computed at once.
 #[derive(Debug, PartialEq, Eq)]
 struct Group {
@@ -614,92 +412,6 @@ fn decode_groups(positions: &[u32], heads: HeadShape, capacity: usize) -> Vec<Gr
         }
     }
     groups
-}
-
-impl Workspace {
-    /// How large a step may be.
-    #[must_use]
-    pub fn limits(&self) -> StepLimits {
-        self.limits
-    }
-
-    /// From now on feed-forward layers take at most `rows` rows at once, or as many as there is memory for. It changes no bit;
-    /// for tests and measurements.
-    pub fn feed_at_once(&mut self, rows: usize) {
-        self.feed_rows = rows.clamp(1, FEED_ROWS);
-    }
-
-    /// Overwrites every intermediate value with NaN. For tests: whoever reads one before it is written shows it.
-    ///
-    /// # Errors
-    /// The device's error.
-    pub fn poison(&mut self, device: &Device) -> Result<(), DeviceError> {
-        let Self {
-            residual,
-            normed,
-            qkv,
-            attended,
-            arena,
-            head_rows,
-            head_normed,
-            best,
-            chosen,
-            // Uploaded for each step, or left as they were found, or no values.
-            limits: _,
-            vocab: _,
-            feed_rows: _,
-            indices: _,
-            staging: _,
-            recordings: _,
-            counters: _,
-        } = self;
-        arena.poison(device)?;
-        for buffer in [residual, qkv, head_rows] {
-            let poison = vec![f32::NAN; buffer.len()];
-            device.upload(buffer, &poison)?;
-        }
-        for buffer in [normed, attended, head_normed] {
-            let poison = vec![bf16::NAN; buffer.len()];
-            device.upload(buffer, &poison)?;
-        }
-        let poison = vec![u64::MAX; best.len()];
-        device.upload(best, &poison)?;
-        let poison = vec![u32::MAX; chosen.len()];
-        device.upload(chosen, &poison)?;
-        Ok(())
-    }
-
-    /// Puts the chosen tokens in the place of the step's, where they are wanted.
-    pub(super) fn take_tokens(&mut self, device: &Device, tokens: Tokens, rows: usize) -> Result<(), DeviceError> {
-        if tokens == Tokens::Given {
-            return Ok(());
-        }
-        device.copy(self.chosen.slice(..rows)?, self.indices.slice_mut(..rows)?)
-    }
-
-    /// The tokens \[R\] that the last [`Model::forward_choosing`] with `rows` = R logits rows chose.
-    ///
-    /// # Errors
-    /// More rows than the workspace has.
-    pub fn chosen(&self, rows: usize) -> Result<Slice<'_, u32>, DeviceError> {
-        self.chosen.slice(..rows)
-    }
-
-    /// The logits \[R, V\] of the last step with `rows` = R logits rows.
-    ///
-    /// # Errors
-    /// More rows than the workspace has.
-    pub fn logits(&self, rows: usize) -> Result<Slice<'_, f32>, DeviceError> {
-        self.arena.written_logits(rows * self.vocab)
-    }
-
-    /// As [`Self::logits`], with memory for choosing tokens among them.
-    ///
-    /// # Errors
-    /// As for `logits`.
-    pub fn logits_and_spare(&mut self, rows: usize) -> Result<Logits<'_>, DeviceError> {
-        self.arena.logits(rows * self.vocab)
-    }
 }
 
 #[cfg(test)]
