@@ -91,7 +91,7 @@ fn our_own_tiles_are_timed_where_there_is_a_choice() {
     let budget = Duration::from_millis(100);
     assert!(model.choose_tiles(budget).unwrap().is_empty(), "no library to compare with");
     device.set_linear_backend(LinearBackend::CublasLt);
-    let choices = model.choose_tiles(Duration::from_millis(1000)).unwrap();
+    let choices = model.choose_tiles(budget).unwrap();
     assert!(!choices.is_empty(), "a budget is enough for the first number of rows");
     for choice in &choices {
         assert!(choice.time <= choice.guess && choice.time > Duration::ZERO, "{choice:?}");
