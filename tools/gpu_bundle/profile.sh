@@ -2,7 +2,7 @@
 # On a machine with a GPU: what each kernel of a decode step takes, by ncu, as a table for each batch size.
 #   tools/gpu_bundle/profile.sh LOCKSTEP MODEL OUT [BATCH]...        (default: 1 8 64 256)
 # Writes OUT/ncu_bN.csv, OUT/bench_bN.json (the same step without ncu) and OUT/profile_bN.md. Clocks and caches are left as
-# they are. CONTEXT (128) and LAUNCHES (600), how many kernels are profiled, may be set.
+# they are. CONTEXT (128) and LAUNCHES (1200), how many kernels are profiled, may be set.
 set -euo pipefail
 here=$(dirname "$(realpath "$0")")
 lockstep=$1 model=$2 out=$3
@@ -34,9 +34,10 @@ done
 for batch in "$@"; do
     options=(--model "$model" --device cuda:0 --only decode --batch "$batch" --context "${CONTEXT:-128}")
     "$lockstep" bench "${options[@]}" --runs 3 --tokens 64 --json >"$out/bench_b$batch.json"
-    # Kernels of prefill, warming up and recording come first.
-    ncu --clock-control none --cache-control none --print-units base --metrics "$metrics" \
-        --launch-skip "${SKIP:-600}" --launch-count "${LAUNCHES:-600}" --csv \
+    # The program says where its timed run begins: before it are choices, self-tests, warming up and recording, in it the
+    # steps of the prompts, which differ from those that follow.
+    ncu --profile-from-start off --clock-control none --cache-control none --print-units base --metrics "$metrics" \
+        --launch-count "${LAUNCHES:-1200}" --csv \
         "$lockstep" bench "${options[@]}" --runs 1 --tokens 12 >"$out/ncu_b$batch.csv"
     {
         echo "# Decode step, batch $batch, context ${CONTEXT:-128}"

@@ -552,6 +552,13 @@ impl Device {
         on_device!(self, device => device.synchronize())
     }
 
+    /// Profilers that wait to be told (`ncu --profile-from-start off`) record from here on, or no more. Nothing without one.
+    pub fn profile(&self, on: bool) {
+        if let Self::Cuda(device) = self {
+            device.profile(on);
+        }
+    }
+
     fn id(&self) -> buffer::DeviceId {
         on_device!(self, device => device.id())
     }

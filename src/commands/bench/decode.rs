@@ -33,7 +33,10 @@ pub(super) fn figures(rig: &Rig, shape: Shape) -> anyhow::Result<[Figure; 2]> {
 /// Seconds of a step of this shape, in each run, after one that fills the prefix cache and is not counted.
 pub(super) fn all_seconds_per_step(rig: &Rig, shape: Shape, sampling: &Sampling) -> anyhow::Result<Vec<f64>> {
     run(rig, shape, sampling)?;
-    (0..rig.plan.runs).map(|_| timed(rig, shape, sampling)).collect()
+    rig.device().profile(true);
+    let seconds = (0..rig.plan.runs).map(|_| timed(rig, shape, sampling)).collect();
+    rig.device().profile(false);
+    seconds
 }
 
 /// Seconds of a step, of one run.

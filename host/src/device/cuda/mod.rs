@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use cuda_std::Element;
 use cuda_std::launch::{Grid, KernelDesc, Launch};
+use cudarc::driver::sys;
 use half::bf16;
 
 pub(super) use context::device_count;
@@ -117,6 +118,13 @@ impl Cuda {
 
     pub(super) fn synchronize(&self) -> Result<(), DeviceError> {
         self.context.synchronize()
+    }
+
+    pub(super) fn profile(&self, on: bool) {
+        if self.context.enter().is_ok() {
+            // SAFETY: no arguments; the context is current. Without a profiler both fail, which is of no concern.
+            let _ = unsafe { if on { sys::cuProfilerStart() } else { sys::cuProfilerStop() } };
+        }
     }
 
     pub(super) fn alloc(&self, bytes: usize, fill: Fill, kind: MemoryKind, label: &str) -> Result<Memory, DeviceError> {
