@@ -444,13 +444,13 @@ pub(crate) fn bits(rig: &mut Rig) {
 pub(crate) fn spans(rig: &mut Rig) {
     let contexts = rig.pick(
         &[1, 8, 64, 130, 330][..],
-        &[1, 7, 9, 57, 64, 65, 131, 193, 256, 257, 319, 449, 512, 577, 1025, 2200, 4097, 4500],
+        &[1, 7, 9, 57, 64, 65, 131, 193, 256, 257, 319, 449, 512, 577, 1025, 2200, 4097, 6144, 6145, 6500],
     );
-    // One shape merges more spans than have their factors computed at once.
+    // One shape merges more spans than have their factors computed at once (96, of 64 tokens).
     let shapes = rig.pick(
         vec![(16, 1, 64, 330), (3, 1, 128, 330)],
         vec![
-            (14, 2, 64, 4500),
+            (14, 2, 64, 6500),
             (1, 1, 64, 600),
             (16, 1, 64, 600),
             (16, 1, 32, 1025),
