@@ -9,6 +9,9 @@ use crate::silu_mul::gated;
 /// room beside it for the kernel before and the kernel after.
 pub const GATE_UP: Layout = Layout { warps: 5, depth: 8 };
 
+/// Each stage of the ring is waited for before the next is asked for: this is the largest layer, and there is time.
+const PACE: usize = 0;
+
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 fn gate_up<const THREADS: usize>(
@@ -25,7 +28,7 @@ fn gate_up<const THREADS: usize>(
     let arena = arena(tokens, width, GATE_UP);
     let (g, t) = ((thread::lane_id() / 4) as usize, (thread::lane_id() % 4) as usize);
     let strips = ffn / 8;
-    chains::<{ GATE_UP.depth }, { GATE_UP.depth / CHUNK - 2 }, 0, _>(
+    chains::<{ GATE_UP.depth }, { GATE_UP.depth / CHUNK - 2 }, PACE, _>(
         weight,
         arena,
         tokens,
