@@ -14,8 +14,8 @@ use cuda_std::Element;
 use half::bf16;
 use host::device::{Buffer, CpuOptions, Device, DeviceError, KernelImage, KernelImages, MemoryKind, contract};
 use host::ops::{
-    self, BlockTokens, DecodeScratch, FEW, HeadShape, Norm, PAGE, Pages, PagesMut, Pairing, Places, PrefillTiles,
-    RowParameters, SampleParams, Segment,
+    self, BlockTokens, DecodeBlocks, DecodeScratch, FEW, HeadShape, Norm, PAGE, Pages, PagesMut, Pairing, Places,
+    PrefillTiles, RowParameters, SampleParams, Segment,
 };
 use host::testing::TestRng;
 
@@ -436,8 +436,10 @@ fn attention(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, rows: us
         let (positions, starts, tables) = (positions.as_slice(), starts.as_slice(), tables.as_slice());
         let scratch = &mut DecodeScratch { partials: partials.as_slice_mut(), counters: counters.as_slice_mut() };
         let out = &mut out.as_slice_mut();
+        let spans = context.div_ceil(PAGE);
         ops::attention_decode(
             device,
+            DecodeBlocks::for_contexts(device, heads, spans, rows * spans),
             &qkv.as_slice(),
             pages,
             &positions,

@@ -314,7 +314,7 @@ impl Cache {
         let mut scratch = DecodeScratch { partials: partials.view_mut(), counters: counters.view_mut() };
         // Twice with the same counters, as the layers of a step use them.
         for _ in 0..2 {
-            ops::attention_decode_in(
+            ops::attention_decode(
                 &rig.device,
                 blocks,
                 &rig.filled(&qkv).view(),
@@ -601,7 +601,7 @@ fn speed() {
             for blocks in [DecodeBlocks::PerContext, DecodeBlocks::PerSpan] {
                 let mut step = || {
                     for (keys, values) in &layers {
-                        ops::attention_decode_in(
+                        ops::attention_decode(
                             &device,
                             blocks,
                             &qkv.view(),

@@ -321,7 +321,7 @@ fn speed() {
         };
         macro_rules! one {
             (attention) => {
-                ops::attention_decode_in(
+                ops::attention_decode(
                     &device,
                     DecodeBlocks::PerContext,
                     &queries.view(),

@@ -238,7 +238,7 @@ impl Model {
                 &mut pages,
                 heads,
             )?;
-            ops::attention_decode_in(
+            ops::attention_decode(
                 device,
                 bucket.attention,
                 &qkv.as_slice(),
@@ -313,7 +313,7 @@ impl Model {
                 ops::linear(device, &x, &layer.qkv, &mut qkv)?;
                 ops::rotary_kv_write(device, &mut qkv, &bias, &rope_table, places, &mut pages, heads)?;
             }
-            ops::attention_decode_in(
+            ops::attention_decode(
                 device,
                 bucket.attention,
                 &qkv.as_slice(),

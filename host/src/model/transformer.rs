@@ -305,7 +305,7 @@ impl Model {
                         DecodeBlocks::for_contexts(device, heads, spans, rows.len() * spans)
                     }
                 };
-                ops::attention_decode_in(
+                ops::attention_decode(
                     device,
                     blocks,
                     &qkv.as_slice().slice(queries)?,

@@ -241,7 +241,11 @@ impl DecodeBlocks {
     /// H100: `attention::speed`).
     #[must_use]
     pub fn for_contexts(device: &Device, heads: HeadShape, longest: usize, total: usize) -> Self {
-        let shared = 12 * heads.kv_heads * total / (5 * device.multiprocessors().max(1));
+        Self::on(device.multiprocessors(), heads, longest, total)
+    }
+
+    fn on(multiprocessors: usize, heads: HeadShape, longest: usize, total: usize) -> Self {
+        let shared = 12 * heads.kv_heads * total / (5 * multiprocessors.max(1));
         if longest <= short::warps(heads.width) + shared { Self::PerContext } else { Self::PerSpan }
     }
 }
@@ -256,28 +260,6 @@ impl DecodeBlocks {
 /// A shape that does not fit, or the launch's error.
 #[expect(clippy::too_many_arguments, reason = "the kernel's own arguments")]
 pub fn attention_decode(
-    device: &Device,
-    qkv: &Slice<'_, f32>,
-    pages: Pages<'_>,
-    positions: &Slice<'_, u32>,
-    row_tables: &Slice<'_, u32>,
-    page_tables: &Slice<'_, u32>,
-    scratch: &mut DecodeScratch<'_>,
-    out: &mut SliceMut<'_, bf16>,
-    heads: HeadShape,
-    longest: usize,
-) -> Result<(), DeviceError> {
-    let spans = longest.div_ceil(SPAN);
-    let blocks = DecodeBlocks::for_contexts(device, heads, spans, positions.len() * spans);
-    attention_decode_in(device, blocks, qkv, pages, positions, row_tables, page_tables, scratch, out, heads, longest)
-}
-
-/// [`attention_decode`] in a layout of the caller's choice.
-///
-/// # Errors
-/// As there.
-#[expect(clippy::too_many_arguments, reason = "the kernel's own arguments")]
-pub fn attention_decode_in(
     device: &Device,
     blocks: DecodeBlocks,
     qkv: &Slice<'_, f32>,
@@ -497,4 +479,29 @@ pub fn attention_prefill(
         ),
         grid,
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What was faster of two layouts on an H100, which has 132 multiprocessors, with 14 heads on 2: rows, and spans of each.
+    #[test]
+    fn blocks_are_shared_out_as_was_measured() {
+        let on = |width, longest, total| {
+            DecodeBlocks::on(132, HeadShape { query_heads: 14, kv_heads: 2, width }, longest, total)
+        };
+        for (rows, spans) in [(1, 2), (1, 4), (8, 4), (64, 4), (256, 4), (64, 8), (256, 8), (64, 16)] {
+            assert_eq!(on(64, spans, rows * spans), DecodeBlocks::PerContext, "{rows} rows of {spans} spans");
+        }
+        for (rows, spans) in [(1, 8), (8, 8), (1, 16), (8, 16), (1, 64), (8, 64), (1, 500)] {
+            assert_eq!(on(64, spans, rows * spans), DecodeBlocks::PerSpan, "{rows} rows of {spans} spans");
+        }
+        assert_eq!(
+            on(64, 500, 500 + 63 * 4),
+            DecodeBlocks::PerSpan,
+            "one long context does not hold up many short ones"
+        );
+        assert_eq!(on(128, 4, 4), DecodeBlocks::PerSpan, "wider heads take fewer spans at once");
+    }
 }

@@ -15,7 +15,7 @@ mod tiles;
 
 pub use attention::{
     DecodeBlocks, DecodeScratch, HeadShape, NO_ROW, Pages, PagesMut, PrefillTiles, Segment, attention_decode,
-    attention_decode_in, attention_prefill, counters_len, kv_write, partials_len, rotary, rotary_kv_write,
+    attention_prefill, counters_len, kv_write, partials_len, rotary, rotary_kv_write,
 };
 pub use differing::{Comparable, differing};
 pub use elementwise::{bias_add, residual_add, silu_mul};
