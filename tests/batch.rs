@@ -63,7 +63,7 @@ fn no_request_can_tell_its_company_on_a_cpu_like_a_gpu() {
     Sizes { hidden: 64, heads: 2, head_width: 32, ffn: 64 }.write(folder.path());
     let device = devices::cpu_like_a_gpu();
     let model = Arc::new(Model::load(&device, folder.path(), Some(CONTEXT), &mut |_, _| {}).unwrap());
-    assert_eq!([1, 9].map(|rows| model.decode_way(rows)), [Some(DecodeWay::Few), Some(DecodeWay::Tiles)]);
+    assert_eq!([1, 9].map(|rows| model.decode_way(rows, 1)), [Some(DecodeWay::Few), Some(DecodeWay::Tiles)]);
     no_request_can_tell_its_company(&model, Size { company: 9, few: 3 });
 }
 

@@ -63,7 +63,7 @@ fn the_demo_model_keeps_the_contract_on_the_cpu() {
 fn every_way_of_decoding_keeps_its_bits_on_a_cpu_like_a_gpu() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo");
     let model = Model::load(&devices::cpu_like_a_gpu(), &folder, Some(512), &mut |_, _| {}).unwrap();
-    let way = |rows| model.decode_way(rows);
+    let way = |rows| model.decode_way(rows, 1);
     assert_eq!([1, 9].map(way), [Some(DecodeWay::Few), Some(DecodeWay::Tiles)]);
     let check = |rows: &[usize], ways: usize| {
         let lines = verify::decode_ways(&model, rows).unwrap();
@@ -96,11 +96,12 @@ fn our_own_tiles_are_timed_where_there_is_a_choice() {
     for choice in &choices {
         assert!(choice.time <= choice.guess && choice.time > Duration::ZERO, "{choice:?}");
         let way = match choice.what.as_str() {
+            "one kernel" => DecodeWay::Whole,
             "fused layers" => DecodeWay::Few,
             "no tiles of ours" => DecodeWay::Recorded,
             _ => DecodeWay::Tiles,
         };
-        assert_eq!(model.decode_way(choice.rows), Some(way), "{choice:?}");
+        assert_eq!(model.decode_way(choice.rows, 1), Some(way), "{choice:?}");
     }
 }
 

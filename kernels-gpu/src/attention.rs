@@ -106,11 +106,21 @@ pub fn maximum<const N: usize>(scores: &[[f32; 4]; N]) -> [f32; 2] {
 #[inline(always)]
 #[must_use]
 pub fn probabilities<const N: usize>(scores: &[[f32; 4]; N], max: [f32; 2]) -> [[u32; 2]; N] {
+    probabilities_of(scores, max, 16)
+}
+
+/// [`probabilities`] of the first `rows` of 16 rows; those of further ones are 0 where `rows` is at most 8, else any.
+#[inline(always)]
+#[must_use]
+pub fn probabilities_of<const N: usize>(scores: &[[f32; 4]; N], max: [f32; 2], rows: usize) -> [[u32; 2]; N] {
     // Where no token is visible every score is negative infinity: subtract 0 instead, so that p is 0, not NaN.
     let base = [finite_or_zero(max[0]), finite_or_zero(max[1])];
     let mut pairs = [[0u32; 2]; N];
-    for n in 0..N {
-        for row in 0..2 {
+    for row in 0..2 {
+        if row == 1 && rows <= 8 {
+            continue;
+        }
+        for n in 0..N {
             let [low, high] = [0, 1].map(|i| math::exp2_of_negative(scores[n][row * 2 + i] - base[row]));
             pairs[n][row] = bf16_pair(low, high);
         }

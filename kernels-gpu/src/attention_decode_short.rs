@@ -5,7 +5,9 @@ use cuda_std::cp_async;
 use cuda_std::prelude::*;
 use cuda_std::shared;
 
-use crate::attention::{Merged, PAD, SPAN, TOKEN_TILES, combine, maximum, output, probabilities, scale, scores, sum};
+use crate::attention::{
+    Merged, PAD, SPAN, TOKEN_TILES, combine, maximum, output, probabilities_of, scale, scores, sum,
+};
 use crate::attention_decode::{MAX_RATIO, NO_ROW};
 
 /// Warps of a block, and spans at once. Four spans of wider heads would be more shared memory than smaller GPUs allow.
@@ -20,7 +22,7 @@ const fn key_elements(width: usize) -> usize {
 }
 
 /// Bytes of a warp's span.
-const fn span_bytes(width: usize) -> usize {
+pub(crate) const fn span_bytes(width: usize) -> usize {
     (key_elements(width) + width * (SPAN + PAD)) * size_of::<bf16>()
 }
 
@@ -95,20 +97,6 @@ impl Loader<'_> {
         }
     }
 
-    /// The lane's part of the key and value of token `index`.
-    #[inline(always)]
-    fn newest<const STEPS: usize>(&self, start: usize, index: usize) -> ([bf16; 8], [bf16; STEPS]) {
-        let mut key = [bf16::ZERO; 8];
-        if self.lane < self.width / 8 {
-            key = self.key_pages.load(start + index * self.width + self.lane * 8);
-        }
-        let mut values = [bf16::ZERO; STEPS];
-        for i in 0..STEPS / 2 {
-            values[i] = self.value_pages.get(start + (self.lane + i * 32) * SPAN + index);
-        }
-        (key, values)
-    }
-
     /// Puts them behind those that were copied.
     #[inline(always)]
     fn append<const STEPS: usize>(&self, index: usize, (key, values): ([bf16; 8], [bf16; STEPS])) {
@@ -119,6 +107,44 @@ impl Loader<'_> {
             self.values.set((self.lane + i * 32) * (SPAN + PAD) + index, values[i]);
         }
     }
+}
+
+/// The lane's part of the key and value of token `index` of the page at `start`.
+#[inline(always)]
+fn newest_in_pages<const STEPS: usize>(
+    key_pages: In<bf16>,
+    value_pages: In<bf16>,
+    width: usize,
+    start: usize,
+    index: usize,
+) -> ([bf16; 8], [bf16; STEPS]) {
+    let lane = thread::lane_id() as usize;
+    let mut key = [bf16::ZERO; 8];
+    if lane < width / 8 {
+        key = key_pages.load(start + index * width + lane * 8);
+    }
+    let mut values = [bf16::ZERO; STEPS];
+    for i in 0..STEPS / 2 {
+        values[i] = value_pages.get(start + (lane + i * 32) * SPAN + index);
+    }
+    (key, values)
+}
+
+/// A lane's share of what attention waits for: its queries as operands, and of the newest token's key and values its part, where
+/// its warp has the last span.
+pub(crate) type Inputs<const STEPS: usize> = ([[u32; 4]; STEPS], ([bf16; 8], [bf16; STEPS]));
+
+/// The query heads of one row and KV head, in the pages of a layer.
+#[derive(Clone, Copy)]
+pub(crate) struct Task<'a> {
+    pub(crate) key_pages: In<'a, bf16>,
+    pub(crate) value_pages: In<'a, bf16>,
+    /// Of the row's token.
+    pub(crate) position: usize,
+    /// Query heads.
+    pub(crate) ratio: usize,
+    /// Of the scores.
+    pub(crate) factor: f32,
 }
 
 /// One block. `STEPS` = D / 16; `TILES` = D / 8, the tiles of 8 columns; `COPIES` = 2 D / 8, of 16 bytes, that a lane makes of
@@ -139,10 +165,8 @@ fn decode<const WARPS: usize, const STEPS: usize, const TILES: usize, const COPI
     factor: f32,
 ) {
     let width = STEPS * 16;
-    let (key_row, value_row, part_row) = (width + PAD, SPAN + PAD, width + PAD);
     let (kv_heads, ratio) = (kv_heads as usize, ratio as usize);
-    let thread = thread::thread_idx_x() as usize;
-    let (warp, lane) = (thread::warp_id() as usize, thread::lane_id() as usize);
+    let lane = thread::lane_id() as usize;
     let (g, t) = (lane / 4, lane % 4);
     let (kv_head, row) = (thread::block_idx_x() as usize, thread::block_idx_y() as usize);
     thread::allow_successor();
@@ -154,11 +178,73 @@ fn decode<const WARPS: usize, const STEPS: usize, const TILES: usize, const COPI
         return;
     }
     let (position, table) = (position as usize, row_tables.get(row) as usize);
-    let spans = position / SPAN + 1;
     let place = |span: usize| (page_tables.get(table + span) as usize * kv_heads + kv_head) * SPAN * width;
+    let newest_start = place(position / SPAN);
+    let first_head = row * kv_heads * ratio + kv_head * ratio;
+    attend::<WARPS, STEPS, TILES, COPIES, ITEMS, false>(
+        thread::thread_idx_x() as usize,
+        statistics,
+        0,
+        Task { key_pages, value_pages, position, ratio, factor },
+        place,
+        |has_span, has_last| {
+            thread::wait_for_predecessors();
+            // All ways to memory and back at once.
+            let mut newest = ([bf16::ZERO; 8], [bf16::ZERO; STEPS]);
+            if has_last {
+                newest = newest_in_pages(key_pages, value_pages, width, newest_start, position % SPAN);
+            }
+            let mut queries = [[0u32; 4]; STEPS];
+            let first = row * q_stride as usize + kv_head * ratio * width + t * 2;
+            for half in 0..2 {
+                let head = g + half * 8;
+                if has_span && head < ratio {
+                    for i in 0..2 * STEPS {
+                        let [low, high] = q.load::<2>(first + head * width + i * 8);
+                        queries[i / 2][i % 2 * 2 + half] = bf16_pair(low, high);
+                    }
+                }
+            }
+            (queries, newest)
+        },
+        thread::sync_threads,
+        |head, column, values| out.store((first_head + head) * width + column, values.map(f32_to_bf16)),
+    );
+}
+
+/// Attention of a [`Task`] by the first `WARPS` warps of a block, in the dynamic shared memory from byte `base` on.
+///
+/// - `place(span)` is where a span's page starts.
+/// - `inputs(has_span, has_last)` waits for what this step computes. It returns the lane's queries, where its warp has a span,
+///   and its part of the newest token, where it has the last one.
+/// - `sync` is a barrier of these warps.
+/// - `emit(head, column, values)` gets four columns of the result.
+#[inline(always)]
+pub(crate) fn attend<
+    const WARPS: usize,
+    const STEPS: usize,
+    const TILES: usize,
+    const COPIES: usize,
+    const ITEMS: usize,
+    const APART: bool,
+>(
+    thread: usize,
+    statistics: Shared<f32>,
+    base: usize,
+    task: Task<'_>,
+    place: impl Fn(usize) -> usize,
+    inputs: impl FnOnce(bool, bool) -> Inputs<STEPS>,
+    sync: impl Fn(),
+    emit: impl Fn(usize, usize, [f32; 4]),
+) {
+    let Task { key_pages, value_pages, position, ratio, factor } = task;
+    let width = STEPS * 16;
+    let (key_row, value_row, part_row) = (width + PAD, SPAN + PAD, width + PAD);
+    let (warp, lane) = (thread / 32, thread % 32);
+    let spans = position / SPAN + 1;
     let loader = Loader {
-        keys: shared::dynamic(warp * span_bytes(width), key_elements(width)),
-        values: shared::dynamic(warp * span_bytes(width) + key_elements(width) * 2, width * value_row),
+        keys: shared::dynamic(base + warp * span_bytes(width), key_elements(width)),
+        values: shared::dynamic(base + warp * span_bytes(width) + key_elements(width) * 2, width * value_row),
         key_pages,
         value_pages,
         width,
@@ -166,41 +252,28 @@ fn decode<const WARPS: usize, const STEPS: usize, const TILES: usize, const COPI
     };
 
     // What earlier steps wrote is loaded before the wait.
-    let mut start = 0;
+    let last = |span: usize| span + 1 == spans;
+    let absent = |span: usize| if last(span) { position % SPAN + 1 } else { SPAN };
+    let old = |span: usize| if last(span) { position % SPAN } else { SPAN };
+    // Later turns find the newest token in the pages, unless this launch makes it.
+    let later = |span: usize| if APART { old(span) } else { absent(span) };
     if warp < spans {
-        start = place(warp);
-        let (old, absent) = if warp + 1 == spans { (position % SPAN, position % SPAN + 1) } else { (SPAN, SPAN) };
-        loader.keys::<COPIES>(start, old, absent);
-        loader.values::<COPIES>(start, old);
+        let start = place(warp);
+        loader.keys::<COPIES>(start, old(warp), absent(warp));
+        loader.values::<COPIES>(start, old(warp));
     }
-    thread::wait_for_predecessors();
-    let mut queries = [[0u32; 4]; STEPS];
-    if warp < spans {
-        // All ways to memory and back at once.
-        let last = warp + 1 == spans;
-        let newest =
-            if last { loader.newest::<STEPS>(start, position % SPAN) } else { ([bf16::ZERO; 8], [bf16::ZERO; STEPS]) };
-        let first = row * q_stride as usize + kv_head * ratio * width + t * 2;
-        for half in 0..2 {
-            let head = g + half * 8;
-            if head < ratio {
-                for i in 0..2 * STEPS {
-                    let [low, high] = q.load::<2>(first + head * width + i * 8);
-                    queries[i / 2][i % 2 * 2 + half] = bf16_pair(low, high);
-                }
-            }
-        }
-        if last {
-            // Zeros of other lanes are where the newest value goes.
-            warp::sync_warp();
-            loader.append(position % SPAN, newest);
-        }
+    let (queries, newest) = inputs(warp < spans, if APART { (spans - 1) % WARPS == warp } else { last(warp) });
+    let append = || {
+        // Zeros of other lanes are where the newest value goes.
+        warp::sync_warp();
+        loader.append(position % SPAN, newest);
+    };
+    if last(warp) {
+        append();
     }
 
-    let first_head = row * kv_heads * ratio + kv_head * ratio;
     let mut merged = [Merged::EMPTY; ITEMS];
     let mut values = [[0.0f32; 4]; ITEMS];
-    let present = |span: usize| if span + 1 == spans { position % SPAN + 1 } else { SPAN };
     let mut first = 0;
     while first < spans {
         let span = first + warp;
@@ -210,7 +283,7 @@ fn decode<const WARPS: usize, const STEPS: usize, const TILES: usize, const COPI
             if next < spans {
                 next_start = place(next);
             }
-            let visible = present(span);
+            let visible = absent(span);
             cp_async::wait_group::<1>();
             warp::sync_warp();
             let keys = mma::ReadBColumns::new(&loader.keys, 0, key_row);
@@ -219,41 +292,52 @@ fn decode<const WARPS: usize, const STEPS: usize, const TILES: usize, const COPI
             // The keys' place is free: the next span's come while this one's probabilities are computed.
             warp::sync_warp();
             if next < spans {
-                loader.keys::<COPIES>(next_start, present(next), present(next));
+                loader.keys::<COPIES>(next_start, later(next), absent(next));
             } else {
                 cp_async::commit_group();
             }
             scale(&mut tile, factor, if visible < SPAN { Some([visible as u32; 2]) } else { None });
             let max = maximum(&tile);
-            let pairs = probabilities(&tile, max);
+            let pairs = probabilities_of(&tile, max, if APART { ratio } else { MAX_RATIO });
             cp_async::wait_group::<1>();
             warp::sync_warp();
             let tokens = mma::ReadBSteps::new(&loader.values, 0, value_row);
+            let lane = thread::thread_idx_x_anew() as usize % 32;
+            let (g, t) = (lane / 4, lane % 4);
+            let outputs = outputs::<WARPS, APART>(base, width, warp);
+            let put = |n: usize, part: [f32; 4]| {
+                for half in 0..2 {
+                    let head = g + half * 8;
+                    if head < ratio {
+                        outputs.store(head * part_row + n * 8 + t * 2, [part[half * 2], part[half * 2 + 1]]);
+                    }
+                }
+            };
             let mut parts = [[0.0f32; 4]; TILES];
             for n in 0..TILES {
                 let [first, second] = tokens.load(n * 8 * value_row);
                 let [third, fourth] = tokens.load(n * 8 * value_row + SPAN / 2);
                 parts[n] = output(&pairs, [first, second, third, fourth]);
+                if APART {
+                    put(n, parts[n]);
+                }
             }
             let span_sum = sum(&pairs);
-            // The values' place is free: the outputs go there.
-            warp::sync_warp();
-            let lane = thread::thread_idx_x_anew() as usize % 32;
-            let (g, t) = (lane / 4, lane % 4);
-            let outputs = outputs(width, warp);
+            if !APART {
+                // The values' place is free: the outputs go there.
+                warp::sync_warp();
+                for n in 0..TILES {
+                    put(n, parts[n]);
+                }
+            }
             for half in 0..2 {
                 let head = g + half * 8;
-                if head < ratio {
-                    for n in 0..TILES {
-                        outputs.store(head * part_row + n * 8 + t * 2, [parts[n][half * 2], parts[n][half * 2 + 1]]);
-                    }
-                    if t == 0 {
-                        statistics.store((warp * MAX_RATIO + head) * 2, [max[half], span_sum[half]]);
-                    }
+                if head < ratio && t == 0 {
+                    statistics.store((warp * MAX_RATIO + head) * 2, [max[half], span_sum[half]]);
                 }
             }
         }
-        thread::sync_threads();
+        sync();
         let thread = thread::thread_idx_x_anew() as usize;
         for item in 0..ITEMS {
             let place = thread + item * WARPS * 32;
@@ -262,7 +346,7 @@ fn decode<const WARPS: usize, const STEPS: usize, const TILES: usize, const COPI
                 for other in 0..WARPS {
                     if first + other < spans {
                         let [max, span_sum] = statistics.load((other * MAX_RATIO + head) * 2);
-                        let part = outputs(width, other).load::<4>(head * part_row + column);
+                        let part = outputs::<WARPS, APART>(base, width, other).load::<4>(head * part_row + column);
                         let rescale = merged[item].add(max, span_sum);
                         for i in 0..4 {
                             values[item][i] = combine(rescale, values[item][i], part[i]);
@@ -273,9 +357,12 @@ fn decode<const WARPS: usize, const STEPS: usize, const TILES: usize, const COPI
         }
         first += WARPS;
         if first < spans {
-            thread::sync_threads();
+            sync();
             if next < spans {
-                loader.values::<COPIES>(next_start, present(next));
+                loader.values::<COPIES>(next_start, later(next));
+                if APART && last(next) {
+                    append();
+                }
             }
         }
     }
@@ -284,16 +371,32 @@ fn decode<const WARPS: usize, const STEPS: usize, const TILES: usize, const COPI
         let (head, column) = (place / (width / 4), place % (width / 4) * 4);
         if head < ratio {
             let inverse = 1.0 / merged[item].sum;
-            out.store((first_head + head) * width + column, values[item].map(|value| f32_to_bf16(value * inverse)));
+            emit(head, column, values[item].map(|value| value * inverse));
         }
     }
 }
 
-/// A warp's outputs, \[16, D + PAD\], in the place of its values.
+/// A warp's outputs, \[16, D + PAD\]: in the place of its values, or behind all spans.
 #[inline(always)]
-fn outputs(width: usize, warp: usize) -> Shared<f32> {
+fn outputs<const WARPS: usize, const APART: bool>(base: usize, width: usize, warp: usize) -> Shared<f32> {
     const { assert!(MAX_RATIO * (32 + PAD) * 4 <= 32 * (SPAN + PAD) * 2) };
-    shared::dynamic(warp * span_bytes(width) + key_elements(width) * 2, MAX_RATIO * (width + PAD))
+    let place = if APART {
+        WARPS * span_bytes(width) + warp * output_bytes(width)
+    } else {
+        warp * span_bytes(width) + key_elements(width) * 2
+    };
+    shared::dynamic(base + place, MAX_RATIO * (width + PAD))
+}
+
+/// Bytes of a warp's outputs.
+const fn output_bytes(width: usize) -> usize {
+    MAX_RATIO * (width + PAD) * 4
+}
+
+/// Bytes of shared memory for a block whose outputs have a place apart, which takes fewer registers.
+#[must_use]
+pub const fn apart_bytes(width: usize) -> usize {
+    warps(width) * (span_bytes(width) + output_bytes(width))
 }
 
 macro_rules! decode_kernel {

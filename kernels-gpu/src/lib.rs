@@ -17,6 +17,7 @@
 //! | `penalties`, `argmax`, `sample`, `log_probs` | from logits to a token (`rank`, `distance`, `row_parameters`, `philox`, `quads`: their parts) |
 //! | `candidates`, `masses`, `choose` | `sample`, fast on a GPU |
 //! | `few` | what the linear layers of few tokens share; each is fused with its neighbours in `few_qkv`, `few_residual`, `few_gate_up`, `few_logits` |
+//! | `decode_step` | a whole step of few tokens in one kernel (`weight_ring`: its weights) |
 //! | `tiles` | the linear layers of many tokens, with what stands behind them: `tile_qkv`, `tile_parts`, `tile_gate_up`, `tile_logits` |
 //! | `differing` | bit comparison, for the self-test |
 #![cfg_attr(target_arch = "nvptx64", no_std)]
@@ -34,6 +35,7 @@ pub mod attention_prefill;
 pub mod bias_add;
 pub mod candidates;
 pub mod choose;
+pub mod decode_step;
 pub mod differing;
 pub mod distance;
 pub mod embedding;
@@ -64,6 +66,7 @@ pub mod tile_logits;
 pub mod tile_parts;
 pub mod tile_qkv;
 pub mod tiles;
+pub mod weight_ring;
 
 /// Every kernel: what the host checks the PTX against.
 #[cfg(not(target_arch = "nvptx64"))]
@@ -88,6 +91,8 @@ pub const KERNELS: &[&cuda_std::launch::KernelDesc] = &[
     bias_add::bias_add::KERNEL,
     candidates::sample_candidates::KERNEL,
     choose::sample_choose::KERNEL,
+    decode_step::decode_step_32::KERNEL,
+    decode_step::decode_step_64::KERNEL,
     differing::differing_bf16::KERNEL,
     differing::differing_f32::KERNEL,
     embedding::embedding::KERNEL,
@@ -142,7 +147,10 @@ pub const DEFINITIONS: [&str; 3] = ["bias_add", "kv_write", "rotary"];
 #[cfg(not(target_arch = "nvptx64"))]
 pub fn kernels_for(head_width: usize) -> Vec<&'static cuda_std::launch::KernelDesc> {
     let suits = |name: &str| {
-        let width = name.strip_prefix("attention_").and_then(|rest| rest.rsplit('_').next());
+        let width = name
+            .strip_prefix("attention_")
+            .or_else(|| name.strip_prefix("decode_step_"))
+            .and_then(|rest| rest.rsplit('_').next());
         width.is_none_or(|width| width.parse() == Ok(head_width)) && !DEFINITIONS.contains(&name)
     };
     KERNELS.iter().copied().filter(|kernel| suits(kernel.name)).collect()

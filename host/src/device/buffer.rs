@@ -260,7 +260,7 @@ impl<'a, T: Element> SliceMut<'a, T> {
         self.view.device
     }
 
-    pub(super) fn address(&self) -> u64 {
+    pub(crate) fn address(&self) -> u64 {
         self.view.address
     }
 }

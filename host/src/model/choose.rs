@@ -53,6 +53,9 @@ pub struct TilesChoice {
 
 /// What computes steps of so many rows.
 fn in_words(plan: Plan, rows: usize) -> String {
+    if plan.whole {
+        return "one kernel".to_owned();
+    }
     if plan.few && rows <= FEW {
         return "fused layers".to_owned();
     }
@@ -111,20 +114,33 @@ impl Model {
                 stopwatch.stop()?;
                 Ok::<_, DeviceError>(stopwatch.elapsed()? / STEPS)
             };
-            let mut best = self.ways.plan(rows);
+            let planned = self.ways.plan(rows);
+            let mut best = Plan { whole: planned.whole && rows == 1 && self.ways.has_whole(), ..planned };
             let guess = time(best)?;
             let mut fastest = guess;
-            // With few rows it is the fused layers or our tiles; with more, each layer is asked about, the largest first.
-            let questions = if rows <= FEW { 1 } else { Linear::ALL.len() };
-            for layer in Linear::ALL.into_iter().rev().take(questions) {
-                let other = if rows <= FEW {
-                    Plan { few: !best.few, ..best }
-                } else {
-                    Plan { tiled: best.tiled.toggled(layer), ..best }
-                };
-                let taken = time(other)?;
-                if taken + taken / WORTHWHILE < fastest {
-                    (best, fastest) = (other, taken);
+            let is_faster = |taken: Duration, than: Duration| taken + taken / WORTHWHILE < than;
+            if rows <= FEW {
+                // One kernel, the fused layers or our tiles. Long contexts are never one kernel's, so the others are compared in
+                // any case.
+                let mut apart = Plan { whole: false, ..best };
+                let mut taken = if best.whole { time(apart)? } else { guess };
+                let other = Plan { few: !apart.few, ..apart };
+                let others = time(other)?;
+                if is_faster(others, taken) {
+                    (apart, taken) = (other, others);
+                }
+                best.few = apart.few;
+                if is_faster(taken, fastest) {
+                    (best, fastest) = (apart, taken);
+                }
+            } else {
+                // Each layer is asked about, the largest first.
+                for layer in Linear::ALL.into_iter().rev() {
+                    let other = Plan { tiled: best.tiled.toggled(layer), ..best };
+                    let taken = time(other)?;
+                    if is_faster(taken, fastest) {
+                        (best, fastest) = (other, taken);
+                    }
                 }
             }
             self.ways.set_plan(rung, best);

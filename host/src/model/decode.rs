@@ -13,7 +13,8 @@ use super::workspace::DRAW_ALIGN;
 use super::{Choosing, Model, Step, Workspace};
 use crate::device::{DeviceError, LinearBackend, Recording, Slice, SliceMut, Weight, contract};
 use crate::ops::{
-    self, BlockTokens, DecodeBlocks, DecodeScratch, FEW, NO_ROW, Norm, PAGE, PagesMut, Places, ROW_WORDS, RowParameters,
+    self, BlockTokens, DecodeBlocks, DecodeScratch, FEW, NO_ROW, Norm, PAGE, PagesMut, Places, ROW_WORDS,
+    RowParameters, StepEnds, StepLayer,
 };
 
 /// What a step leaves behind.
@@ -142,23 +143,25 @@ impl Model {
         if !step.prefills.is_empty() || !all_wanted {
             return None;
         }
-        let (way, tiled) = self.ways.of(self.device(), count)?;
         let longest = step.positions.iter().max().map_or(1, |&position| position as usize + 1);
+        let (way, tiled) = self.ways.of(self.device(), count, longest.div_ceil(PAGE))?;
         let most_spans = self.context_tokens().div_ceil(PAGE);
         let spans = bucket_spans(longest.div_ceil(PAGE)).min(most_spans.max(4));
         // Rows that a tile lacks would all be read as its last one, by all blocks at once: slower than rows of their own.
         let granule = if way == DecodeWay::Tiles { TILE } else { 1 };
-        let rows = bucket_rows(count).next_multiple_of(granule).min(limits.decode_rows).min(limits.logits_rows);
+        let padded = if way == DecodeWay::Whole { count } else { bucket_rows(count).next_multiple_of(granule) };
+        let rows = padded.min(limits.decode_rows).min(limits.logits_rows);
         let fits = rows >= count && ops::partials_len(self.heads(), rows, spans) <= workspace.arena.scratch_len();
         let total = step.positions.iter().map(|&position| position as usize / PAGE + 1).sum();
         let attention = DecodeBlocks::for_contexts(self.device(), self.heads(), longest.div_ceil(PAGE), total);
         fits.then(|| Bucket { rows, way, tiled, spans, attention, wanted, cache: cache.identity() })
     }
 
-    /// How a step of `rows` single tokens is computed, where it is not by separate operations.
+    /// How a step of `rows` single tokens with contexts of up to `context` tokens is computed, where it is not by separate
+    /// operations.
     #[must_use]
-    pub fn decode_way(&self, rows: usize) -> Option<DecodeWay> {
-        self.ways.of(self.device(), rows).map(|(way, _)| way)
+    pub fn decode_way(&self, rows: usize, context: usize) -> Option<DecodeWay> {
+        self.ways.of(self.device(), rows, context.div_ceil(PAGE)).map(|(way, _)| way)
     }
 
     /// Computes no more steps in this way: the self-test's verdict.
@@ -192,13 +195,63 @@ impl Model {
         self.device().upload(workspace.indices.slice_mut(..staging.len())?, staging)?;
         workspace.take_tokens(self.device(), tokens, step.tokens.len())?;
 
+        if bucket.way == DecodeWay::Whole {
+            return self.decode_whole(bucket, cache, workspace).map(|()| true);
+        }
         let mut recording = workspace.recordings.take(bucket);
         let outcome = self.device().replay(&mut recording, &mut || match bucket.way {
             DecodeWay::Few => self.decode_few(bucket, cache, workspace),
-            DecodeWay::Tiles | DecodeWay::Recorded => self.decode_many(bucket, cache, workspace),
+            DecodeWay::Whole | DecodeWay::Tiles | DecodeWay::Recorded => self.decode_many(bucket, cache, workspace),
         });
         workspace.recordings.put(bucket, recording);
         outcome.map(|()| true)
+    }
+
+    /// A step of one row in one kernel. There is little to launch, and nothing to record: tags differ from step to step.
+    fn decode_whole(&self, bucket: Bucket, cache: &mut KvCache, workspace: &mut Workspace) -> Result<(), DeviceError> {
+        let config = self.config();
+        let id = workspace.indices.slice(..1)?;
+        let places = Places {
+            positions: workspace.indices.slice(1..2)?,
+            row_tables: workspace.indices.slice(2..3)?,
+            page_tables: workspace.indices.slice(bucket.page_tables()..)?,
+        };
+        let ends = StepEnds {
+            embedding: self.parameters.embedding.rows()?.as_slice(),
+            norm: Norm { gain: self.parameters.final_norm.as_slice(), eps: config.rms_norm_eps },
+            head: self.head(),
+            rope_table: self.rope_table.as_slice(),
+        };
+        let mut layers: Vec<_> = self
+            .parameters
+            .layers
+            .iter()
+            .zip(cache.all_pages_mut())
+            .map(|(layer, pages)| StepLayer {
+                input_gain: layer.input_norm.as_slice(),
+                qkv: &layer.qkv,
+                bias: layer.qkv_bias.as_ref().map(|bias| bias.as_slice()),
+                output: &layer.output,
+                post_gain: layer.post_norm.as_slice(),
+                gate_up: &layer.gate_up,
+                down: &layer.down,
+                pages,
+            })
+            .collect();
+        let wanted = if bucket.wanted == Wanted::Tokens { 0 } else { config.vocab };
+        ops::decode_step(
+            self.device(),
+            &mut workspace.step_memory,
+            &id,
+            places,
+            ends,
+            &mut layers,
+            &mut workspace.arena.logits(wanted)?.values,
+            &mut workspace.best.as_slice_mut(),
+            &mut workspace.chosen.slice_mut(..1)?,
+            self.heads(),
+        )?;
+        self.draw_bucket(bucket, workspace)
     }
 
     /// The launches of a step of few rows.

@@ -4,7 +4,7 @@
 use half::bf16;
 
 use crate::device::{Buffer, Device, DeviceError, MemoryKind};
-use crate::ops::{HeadShape, PAGE, Pages};
+use crate::ops::{HeadShape, PAGE, Pages, PagesMut};
 
 /// Keys and values of every layer, in pages.
 #[derive(Debug)]
@@ -66,6 +66,13 @@ impl KvCache {
     pub(super) fn pages(&self, layer: usize) -> Pages<'_> {
         let (keys, values) = &self.layers[layer];
         Pages { keys: keys.as_slice(), values: values.as_slice() }
+    }
+
+    /// All layers' pages, to write.
+    pub(super) fn all_pages_mut(&mut self) -> impl Iterator<Item = PagesMut<'_>> {
+        self.layers
+            .iter_mut()
+            .map(|(keys, values)| PagesMut { keys: keys.as_slice_mut(), values: values.as_slice_mut() })
     }
 
     /// A layer's keys and values, to write.

@@ -9,6 +9,8 @@ use crate::ops::{self, FEW, HeadShape};
 /// A way of computing a decode step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DecodeWay {
+    /// A whole step in one kernel: one row.
+    Whole,
     /// The fused layers of few rows, recorded.
     Few,
     /// Layers of which our own tiles compute all or some, recorded.
@@ -64,6 +66,8 @@ impl Tiled {
 /// What computes steps of some number of rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Plan {
+    /// One kernel, where it can, for one row of a short context.
+    pub(super) whole: bool,
     /// The fused layers of few rows, where they can.
     pub(super) few: bool,
     /// What our own tiles compute otherwise.
@@ -71,6 +75,7 @@ pub(super) struct Plan {
 }
 
 impl Plan {
+    const WHOLE_BIT: u8 = 1 << 6;
     const FEW_BIT: u8 = 1 << 7;
 
     /// What was fastest for a model of 0.5 billion parameters on an H100: with more rows, our tiles read their operands from the
@@ -82,24 +87,30 @@ impl Plan {
             65..=128 => Tiled::NARROW.toggled(Linear::Down),
             _ => Tiled::NONE.toggled(Linear::Qkv),
         };
-        Self { few: rows <= 2, tiled }
+        Self { whole: rows == 1, few: rows <= 2, tiled }
     }
 
     fn packed(self) -> u8 {
-        self.tiled.0 | if self.few { Self::FEW_BIT } else { 0 }
+        self.tiled.0 | if self.few { Self::FEW_BIT } else { 0 } | if self.whole { Self::WHOLE_BIT } else { 0 }
     }
 
     fn unpacked(bits: u8) -> Self {
-        Self { few: bits & Self::FEW_BIT != 0, tiled: Tiled(bits & Tiled::ALL.0) }
+        let [whole, few] = [Self::WHOLE_BIT, Self::FEW_BIT].map(|bit| bits & bit != 0);
+        Self { whole, few, tiled: Tiled(bits & Tiled::ALL.0) }
     }
 }
 
 /// Numbers of rows for which a [`Plan`] is chosen; each stands for those above the one before.
-pub(super) const RUNGS: [usize; 8] = [2, 4, FEW, 16, 32, 64, 128, 256];
+pub(super) const RUNGS: [usize; 9] = [1, 2, 4, FEW, 16, 32, 64, 128, 256];
+
+/// Most spans of a context for which a step is one kernel: as many as attention has at once in it. With more, on an H100, launches of
+/// fused layers are as fast or faster.
+const WHOLE_SPANS: usize = 4;
 
 /// How a model computes decode steps.
 #[derive(Debug)]
 pub(super) struct Ways {
+    whole: AtomicBool,
     few: AtomicBool,
     tiles: AtomicBool,
     recorded: AtomicBool,
@@ -114,6 +125,9 @@ impl Ways {
     pub(super) fn new(device: &Device, heads: HeadShape, config: &ModelConfig) -> Self {
         let tensor_cores = device.tensor_cores();
         Self {
+            whole: AtomicBool::new(
+                tensor_cores && ops::decode_step_fits(device, heads, config.hidden, config.ffn, config.layers),
+            ),
             few: AtomicBool::new(tensor_cores && ops::few_fits(device, heads, config.hidden, config.ffn)),
             tiles: AtomicBool::new(tensor_cores && ops::tiles_fits(device, heads, config.hidden, config.ffn)),
             recorded: AtomicBool::new(tensor_cores),
@@ -124,6 +138,7 @@ impl Ways {
 
     fn flag(&self, way: DecodeWay) -> &AtomicBool {
         match way {
+            DecodeWay::Whole => &self.whole,
             DecodeWay::Few => &self.few,
             DecodeWay::Tiles => &self.tiles,
             DecodeWay::Recorded => &self.recorded,
@@ -136,6 +151,10 @@ impl Ways {
 
     pub(super) fn give_up(&self, way: DecodeWay) {
         self.flag(way).store(false, Ordering::Relaxed);
+    }
+
+    pub(super) fn has_whole(&self) -> bool {
+        self.is_open(DecodeWay::Whole)
     }
 
     pub(super) fn has_tiles(&self) -> bool {
@@ -163,9 +182,12 @@ impl Ways {
         Plan::unpacked(self.plans[rung].load(Ordering::Relaxed))
     }
 
-    /// The way of a step of so many rows, and its layers that tiles compute.
-    pub(super) fn of(&self, device: &Device, rows: usize) -> Option<(DecodeWay, Tiled)> {
-        let Plan { few, mut tiled } = self.plan(rows);
+    /// The way of a step of so many rows, whose contexts have at most so many spans, and its layers that tiles compute.
+    pub(super) fn of(&self, device: &Device, rows: usize, spans: usize) -> Option<(DecodeWay, Tiled)> {
+        let Plan { whole, few, mut tiled } = self.plan(rows);
+        if whole && rows == 1 && spans <= WHOLE_SPANS && self.is_open(DecodeWay::Whole) {
+            return Some((DecodeWay::Whole, Tiled::NONE));
+        }
         if few && rows <= FEW && self.is_open(DecodeWay::Few) {
             return Some((DecodeWay::Few, Tiled::NONE));
         }
@@ -186,13 +208,15 @@ mod tests {
     use crate::device::CpuOptions;
 
     fn ways() -> Ways {
-        let plan = |few, tiled| AtomicU8::new(Plan { few, tiled }.packed());
+        let plan = |few, tiled| AtomicU8::new(Plan { whole: false, few, tiled }.packed());
         let [all, narrow, none] = [Tiled::ALL, Tiled::NARROW, Tiled::NONE];
         Ways {
+            whole: AtomicBool::new(true),
             few: AtomicBool::new(true),
             tiles: AtomicBool::new(true),
             recorded: AtomicBool::new(true),
             plans: [
+                (true, all),
                 (true, all),
                 (true, none),
                 (false, all),
@@ -211,14 +235,14 @@ mod tests {
     fn a_way_is_taken_until_it_is_given_up() {
         let device = Device::cpu(CpuOptions::default()).unwrap();
         let ways = ways();
-        let of = |rows| ways.of(&device, rows);
+        let of = |rows| ways.of(&device, rows, 1);
         assert_eq!([of(1), of(3)], [Some((DecodeWay::Few, Tiled::NONE)); 2]);
         assert_eq!(of(5), Some((DecodeWay::Tiles, Tiled::ALL)), "not where tiles are faster");
         assert_eq!(of(9), Some((DecodeWay::Tiles, Tiled::ALL)), "never beyond the most that they take");
         assert_eq!(of(17), Some((DecodeWay::Tiles, Tiled::NARROW)));
         assert_eq!(of(64), Some((DecodeWay::Recorded, Tiled::NONE)));
         assert_eq!(of(1000), Some((DecodeWay::Tiles, Tiled::NARROW)), "beyond the last rung");
-        ways.set_plan(5, Plan { few: false, tiled: Tiled::ALL });
+        ways.set_plan(6, Plan { whole: false, few: false, tiled: Tiled::ALL });
         assert_eq!(of(64), Some((DecodeWay::Tiles, Tiled::ALL)));
         ways.give_up(DecodeWay::Few);
         assert_eq!([of(1), of(3)], [Some((DecodeWay::Tiles, Tiled::ALL)), Some((DecodeWay::Recorded, Tiled::NONE))]);
@@ -229,10 +253,23 @@ mod tests {
     }
 
     #[test]
+    fn one_kernel_is_for_one_row_of_a_short_context() {
+        let device = Device::cpu(CpuOptions::default()).unwrap();
+        let ways = ways();
+        ways.set_plan(0, Plan { whole: true, few: true, tiled: Tiled::ALL });
+        ways.set_plan(1, Plan { whole: true, few: true, tiled: Tiled::ALL });
+        let of = |rows, spans| ways.of(&device, rows, spans).map(|(way, _)| way);
+        assert_eq!([of(1, 1), of(1, WHOLE_SPANS)], [Some(DecodeWay::Whole); 2]);
+        assert_eq!([of(1, WHOLE_SPANS + 1), of(2, 1)], [Some(DecodeWay::Few); 2]);
+        ways.give_up(DecodeWay::Whole);
+        assert_eq!(of(1, 1), Some(DecodeWay::Few));
+    }
+
+    #[test]
     fn where_the_library_is_not_trusted_tiles_take_all() {
         let device = Device::cpu(CpuOptions { tensor_cores: true, ..CpuOptions::default() }).unwrap();
         assert_eq!(device.linear_backend(), LinearBackend::Kernel);
-        assert_eq!(ways().of(&device, 64), Some((DecodeWay::Tiles, Tiled::ALL)));
+        assert_eq!(ways().of(&device, 64, 1), Some((DecodeWay::Tiles, Tiled::ALL)));
     }
 
     #[test]
@@ -242,7 +279,10 @@ mod tests {
         for layer in Linear::ALL {
             let without = Tiled::ALL.toggled(layer);
             assert!(Linear::ALL.into_iter().all(|other| without.takes(other) == (other != layer)));
-            assert_eq!(Plan::unpacked(Plan { few: true, tiled: without }.packed()), Plan { few: true, tiled: without });
+            for whole in [false, true] {
+                let plan = Plan { whole, few: !whole, tiled: without };
+                assert_eq!(Plan::unpacked(plan.packed()), plan);
+            }
         }
     }
 }

@@ -6,7 +6,7 @@ use super::arena::{Arena, ArenaSizes, Logits};
 use super::decode::{Recordings, Tokens};
 use super::{Model, StepLimits};
 use crate::device::{Buffer, Device, DeviceError, MemoryKind, Slice, contract};
-use crate::ops::{self, PAGE, PrefillTiles, ROW_WORDS};
+use crate::ops::{self, PAGE, PrefillTiles, ROW_WORDS, StepMemory};
 
 /// f32 elements of attention partials (64 MiB) that a step has at most, as long as one row needs no more. Hundreds of
 /// long contexts would need gigabytes; beyond this they are computed in groups, one after the other.
@@ -45,6 +45,8 @@ pub struct Workspace {
     /// The tokens chosen by the step, of the rows with logits.
     pub(super) chosen: Buffer<u32>,
     pub(super) recordings: Recordings,
+    /// Of steps in one kernel.
+    pub(super) step_memory: StepMemory,
 }
 
 impl Model {
@@ -96,6 +98,7 @@ impl Model {
             )?,
             chosen: device.alloc_unwritten(limits.logits_rows, MemoryKind::Activations, "chosen tokens")?,
             recordings: Recordings::default(),
+            step_memory: StepMemory::new(device, heads, config.hidden, config.ffn, config.layers)?,
         })
     }
 }
@@ -135,6 +138,7 @@ impl Workspace {
             indices: _,
             staging: _,
             recordings: _,
+            step_memory: _,
             counters: _,
         } = self;
         arena.poison(device)?;

@@ -43,7 +43,7 @@ impl HeadShape {
     }
 
     /// What scores are multiplied by: log2(e) / sqrt(D), so that probabilities are powers of 2.
-    fn scale(&self) -> f32 {
+    pub(super) fn scale(&self) -> f32 {
         (std::f64::consts::LOG2_E / (self.width as f64).sqrt()) as f32
     }
 

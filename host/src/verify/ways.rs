@@ -13,44 +13,58 @@ pub(super) const QUICK: [usize; 8] = [1, 3, 8, 9, 20, 33, 100, 130];
 /// Rows of the full check.
 pub(super) const FULL: [usize; 14] = [1, 2, 3, 4, 5, 7, 8, 9, 16, 23, 64, 65, 130, 256];
 
-/// Full pages that all rows share: contexts of two pages and of six. The quick check takes the longest that fits.
-const SHARED: [usize; LENGTHS] = [5, 1];
+/// Full pages that all rows share: contexts of two, four and six pages. The quick check takes the longest that fits and has the way.
+const SHARED: [usize; LENGTHS] = [5, 3, 1];
 
 /// Lengths of contexts that there are.
-pub(super) const LENGTHS: usize = 2;
+pub(super) const LENGTHS: usize = 3;
 
 /// Steps that give each row a history of its own.
 const OWN: usize = 3;
 
-/// A line for each way that serves some of `counts`, at contexts of one length or of several. A model whose contexts are too
+/// A line for each way that serves some of `counts` at some length, checked at one such length or at several. A model whose contexts are too
 /// short to be checked does not hold: what cannot be checked is not used.
 pub(super) fn check(model: &Model, counts: &[usize], lengths: usize) -> Result<Vec<(DecodeWay, Line)>, DeviceError> {
     let mut lines = Vec::new();
-    for way in [DecodeWay::Few, DecodeWay::Tiles, DecodeWay::Recorded] {
-        let counts: Vec<usize> = counts.iter().copied().filter(|&rows| model.decode_way(rows) == Some(way)).collect();
-        let Some(&most) = counts.last() else { continue };
-        let (mut wrong, mut values) = (0, 0);
+    for way in [DecodeWay::Whole, DecodeWay::Few, DecodeWay::Tiles, DecodeWay::Recorded] {
+        let (mut wrong, mut values, mut compared) = (0, 0, Vec::new());
         let fits = |shared: &usize| (shared + 1) * PAGE <= model.context_tokens();
-        for shared in SHARED.into_iter().filter(fits).take(lengths) {
+        let mut left = lengths;
+        for shared in SHARED.into_iter().filter(fits) {
+            let of_way = |rows: &usize| model.decode_way(*rows, (shared + 1) * PAGE) == Some(way);
+            let counts: Vec<usize> = counts.iter().copied().filter(of_way).collect();
+            let Some(&most) = counts.last() else { continue };
+            if left == 0 {
+                break;
+            }
+            left -= 1;
             let mut batch = Batch::new(model, most, shared)?;
             for &rows in &counts {
-                let (differing, compared) = batch.compare(rows, &|model, step, cache, workspace, greedy| {
+                let (differing, seen) = batch.compare(rows, &|model, step, cache, workspace, greedy| {
                     model.forward_choosing(step, choosing(greedy), cache, workspace)
                 })?;
-                (wrong, values) = (wrong + differing, values + compared);
+                (wrong, values) = (wrong + differing, values + seen);
             }
+            compared.extend(counts);
         }
+        // Where a model's contexts are too short to be checked, a way that they would take does not hold.
+        if compared.is_empty() && !counts.iter().any(|&rows| model.decode_way(rows, 1) == Some(way)) {
+            continue;
+        }
+        compared.sort_unstable();
+        compared.dedup();
         let what = match way {
+            DecodeWay::Whole => "one kernel",
             DecodeWay::Few => "fused layers",
             DecodeWay::Tiles => "our tiles",
             DecodeWay::Recorded => "recorded layers",
         };
-        let (first, last) = (counts.first().copied().unwrap_or(0), most);
+        let (first, last) = (compared.first().copied().unwrap_or(0), compared.last().copied().unwrap_or(0));
         lines.push((
             way,
             Line::new(
                 format!("decode steps by {what} = by separate operations"),
-                format!("{wrong} of {values} values differ, {} batches of {first} to {last} rows", counts.len()),
+                format!("{wrong} of {values} values differ, {} batches of {first} to {last} rows", compared.len()),
                 wrong == 0 && values > 0,
             ),
         ));

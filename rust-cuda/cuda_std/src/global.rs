@@ -52,6 +52,26 @@ macro_rules! buffer_type {
                 }
             }
 
+            /// The buffer of `length` elements at a device address that the kernel has read: for buffers of which there are too
+            /// many for parameters. Nothing about it is checked on the CPU.
+            ///
+            /// # Safety
+            /// As for a parameter: the memory is valid while the kernel runs, and no other buffer of the kernel through
+            /// which it is written overlaps it.
+            #[inline(always)]
+            #[must_use]
+            pub unsafe fn at_address(address: u64, length: usize) -> Self {
+                Self {
+                    pointer: address as *mut T,
+                    length,
+                    #[cfg(not(target_arch = "nvptx64"))]
+                    shadow: core::ptr::null(),
+                    #[cfg(not(target_arch = "nvptx64"))]
+                    shadow_offset: 0,
+                    _memory: PhantomData,
+                }
+            }
+
             /// Elements in the buffer.
             #[inline(always)]
             #[must_use]
@@ -263,6 +283,19 @@ impl<T: Element> In<'_, T> {
         unsafe {
             self.load_unchecked(index)
         }
+    }
+}
+
+impl InOut<'_, u64> {
+    /// The generic address of element `index`.
+    ///
+    /// # Safety
+    /// `index < self.len()`.
+    #[inline(always)]
+    #[cfg(target_arch = "nvptx64")]
+    pub(crate) unsafe fn address_unchecked(&self, index: usize) -> *mut u64 {
+        // SAFETY: inside the buffer by this function's contract.
+        unsafe { self.pointer.add(index) }
     }
 }
 

@@ -19,6 +19,8 @@
 //! | `shared` | memory shared by the threads of a block |
 //! | `mma` | tensor-core products |
 //! | `cp_async` | copies from global to shared memory that do not wait |
+//! | `bulk` | the same by the copy engine, with barriers in shared memory (Hopper and later) |
+//! | `tagged` | words that running blocks hand to each other |
 //! | `math` | float functions with the same bits on every device |
 //! | `bf16` | conversions to and from `half::bf16` |
 //! | `launch` | (CPU side only) what the host needs to start a kernel |
@@ -31,6 +33,7 @@ pub use global::{In, InOut, Out};
 pub use shared::Shared;
 
 pub mod bf16;
+pub mod bulk;
 pub mod cp_async;
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod cpu;
@@ -40,6 +43,7 @@ pub mod launch;
 pub mod math;
 pub mod mma;
 pub mod shared;
+pub mod tagged;
 pub mod thread;
 pub mod warp;
 

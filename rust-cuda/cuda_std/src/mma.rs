@@ -60,6 +60,24 @@ pub fn load_a(tile: &Shared<bf16>, start: usize, stride: usize) -> [u32; 4] {
     }
 }
 
+/// [`load_a`] of a tile that has only its first `rows` rows, 8 or 16: 8 stand for the other 8 as well.
+#[inline(always)]
+#[must_use]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub fn load_a_of(tile: &Shared<bf16>, start: usize, stride: usize, rows: usize) -> [u32; 4] {
+    let lane = crate::thread::lane_id() as usize;
+    #[cfg(target_arch = "nvptx64")]
+    {
+        ldmatrix(tile.address_of(start + (lane % 16 & (rows - 1)) * stride + lane / 16 * 8))
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        let at = start + lane / 4 * stride + lane % 4 * 2;
+        let below = at + 8 % rows * stride;
+        [pair(tile, at), pair(tile, below), pair(tile, at + 8), pair(tile, below + 8)]
+    }
+}
+
 /// Two 16 x 8 operands B that lie side by side: columns 0 to 7 and 8 to 15, of which each is a row of the tile (`start`,
 /// `start + stride`, ...) with k running along it. One `ldmatrix.x4`, as [`load_a`].
 #[inline(always)]
@@ -111,7 +129,7 @@ pub fn load_b_steps_of(tile: &Shared<bf16>, start: usize, stride: usize, rows: u
 }
 
 macro_rules! operand_reader {
-    ($(#[$doc:meta])* $name:ident, $load:ident, $words:ty, $address:ident, |$raw:ident| $operands:expr) => {
+    ($(#[$doc:meta])* $name:ident, $load:ident, $words:ty, $rows:literal, $address:ident, |$raw:ident| $operands:expr) => {
         $(#[$doc])*
         #[derive(Clone, Copy)]
         pub struct $name {
@@ -123,6 +141,8 @@ macro_rules! operand_reader {
             start: usize,
             #[cfg(not(target_arch = "nvptx64"))]
             stride: usize,
+            #[cfg(not(target_arch = "nvptx64"))]
+            rows: usize,
         }
 
         impl $name {
@@ -130,9 +150,16 @@ macro_rules! operand_reader {
             #[inline(always)]
             #[must_use]
             pub fn new(tile: &Shared<bf16>, start: usize, stride: usize) -> Self {
+                Self::of(tile, start, stride, $rows)
+            }
+
+            /// The same of a tile that has only its first `rows` rows.
+            #[inline(always)]
+            #[must_use]
+            pub fn of(tile: &Shared<bf16>, start: usize, stride: usize, rows: usize) -> Self {
                 #[cfg(target_arch = "nvptx64")]
                 {
-                    let address = tile.address_of(start + $address(stride));
+                    let address = tile.address_of(start + $address(stride as u32, rows as u32) as usize);
                     let opaque: u32;
                     // SAFETY: a move between registers. It hides how the address was made from the compiler, which would
                     // else make each of many of them anew.
@@ -143,7 +170,7 @@ macro_rules! operand_reader {
                     Self { address: opaque }
                 }
                 #[cfg(not(target_arch = "nvptx64"))]
-                Self { tile: *tile, start, stride }
+                Self { tile: *tile, start, stride, rows }
             }
 
             /// The operand `offset` elements further (a multiple of 8).
@@ -157,46 +184,54 @@ macro_rules! operand_reader {
                     $operands
                 }
                 #[cfg(not(target_arch = "nvptx64"))]
-                $load(&self.tile, self.start + offset, self.stride)
+                $load(&self.tile, self.start + offset, self.stride, self.rows)
             }
         }
     };
 }
 operand_reader!(
     /// [`load_a`] at many places of a tile: a lane's address is made once, constant offsets are part of the instruction.
-    ReadA, load_a, [u32; 4], lane_a, |words| words
+    ReadA, load_a_of, [u32; 4], 16, lane_a, |words| words
 );
 operand_reader!(
     /// [`load_b_columns`] at many places of a tile, as [`ReadA`].
-    ReadBColumns, load_b_columns, [[u32; 2]; 2], lane_b_columns, |words| [[words[0], words[1]], [words[2], words[3]]]
+    ReadBColumns, load_b_columns_of, [[u32; 2]; 2], 16, lane_b_columns, |words| [[words[0], words[1]], [words[2], words[3]]]
 );
 operand_reader!(
     /// [`load_b_steps`] at many places of a tile, as [`ReadA`].
-    ReadBSteps, load_b_steps, [[u32; 2]; 2], lane_b_steps, |words| [[words[0], words[1]], [words[2], words[3]]]
+    ReadBSteps, load_b_steps_of, [[u32; 2]; 2], 8, lane_b_steps, |words| [[words[0], words[1]], [words[2], words[3]]]
 );
 
-/// Where a lane's 8 elements are from the start of the operand that [`load_a`] reads.
+/// Where a lane's 8 elements are from the start of the operand that [`load_a_of`] reads.
 #[cfg(target_arch = "nvptx64")]
 #[inline(always)]
-fn lane_a(stride: usize) -> usize {
-    let lane = crate::thread::lane_id() as usize;
-    lane % 16 * stride + lane / 16 * 8
+fn lane_a(stride: u32, rows: u32) -> u32 {
+    let lane = crate::thread::lane_id();
+    (lane % 16 & (rows - 1)) * stride + lane / 16 * 8
 }
 
 /// The same of [`load_b_columns`].
 #[cfg(target_arch = "nvptx64")]
 #[inline(always)]
-fn lane_b_columns(stride: usize) -> usize {
-    let lane = crate::thread::lane_id() as usize;
+fn lane_b_columns(stride: u32, _: u32) -> u32 {
+    let lane = crate::thread::lane_id();
     (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8
 }
 
-/// The same of [`load_b_steps`].
+/// The same of [`load_b_steps_of`].
 #[cfg(target_arch = "nvptx64")]
 #[inline(always)]
-fn lane_b_steps(stride: usize) -> usize {
-    let lane = crate::thread::lane_id() as usize;
-    lane % 8 * stride + lane / 8 * 8
+fn lane_b_steps(stride: u32, rows: u32) -> u32 {
+    let lane = crate::thread::lane_id();
+    let row = if lane % 8 < rows { lane % 8 } else { rows - 1 };
+    row * stride + lane / 8 * 8
+}
+
+/// [`load_b_columns`], of which all rows are there.
+#[cfg(not(target_arch = "nvptx64"))]
+#[track_caller]
+fn load_b_columns_of(tile: &Shared<bf16>, start: usize, stride: usize, _: usize) -> [[u32; 2]; 2] {
+    load_b_columns(tile, start, stride)
 }
 
 /// Four 8 x 8 tiles: lane l has the address of row l % 8 of tile l / 8.

@@ -99,6 +99,25 @@ impl<T: Element> Shared<T> {
         }
     }
 
+    /// `length` elements from byte `offset` on, a multiple of their size: for a block that lays its memory out itself.
+    #[inline(always)]
+    #[must_use]
+    pub fn part<U: Element>(&self, offset: usize, length: usize) -> Shared<U> {
+        #[cfg(not(target_arch = "nvptx64"))]
+        assert!(
+            offset + length * size_of::<U>() <= self.len() * size_of::<T>(),
+            "a part of a shared array is inside it"
+        );
+        Shared { address: self.address + offset as u32, length: length as u32, _element: PhantomData }
+    }
+
+    /// The same array, of whose addresses nothing has been computed yet: see [`crate::thread::number_anew`].
+    #[inline(always)]
+    #[must_use]
+    pub fn anew(self) -> Self {
+        Self { address: crate::thread::number_anew(self.address), ..self }
+    }
+
     /// Elements in the array.
     #[inline(always)]
     #[must_use]

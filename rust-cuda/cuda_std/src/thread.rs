@@ -81,6 +81,45 @@ pub fn thread_idx_x_anew() -> u32 {
     }
 }
 
+/// A number that the compiler cannot tell from any other: what is computed from it is computed where it is used, and not held in
+/// registers from before a loop on.
+#[inline(always)]
+#[must_use]
+pub fn number_anew(value: u32) -> u32 {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let same: u32;
+        // SAFETY: a move between registers. Not `pure`, so that it stays where it is.
+        unsafe {
+            core::arch::asm!("mov.b32 {}, {};", out(reg32) same, in(reg32) value, options(nomem, nostack));
+        }
+        same
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        value
+    }
+}
+
+/// The multiprocessor's clock, in cycles modulo 2^32; 0 on the CPU.
+#[inline(always)]
+#[must_use]
+pub fn clock() -> u32 {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let cycles: u32;
+        // SAFETY: reads a special register. Not `pure`, so that it stays where it is.
+        unsafe {
+            core::arch::asm!("mov.u32 {}, %clock;", out(reg32) cycles, options(nomem, nostack));
+        }
+        cycles
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        0
+    }
+}
+
 /// The thread's index in its warp, 0 to 31.
 #[inline(always)]
 #[must_use]
@@ -114,6 +153,21 @@ pub fn sync_threads() {
     }
     #[cfg(not(target_arch = "nvptx64"))]
     crate::cpu::sync_threads();
+}
+
+/// A barrier of some warps: no thread passes before the first `THREADS` threads' worth of calls with this number (1 to 15) have
+/// arrived. For blocks whose warps have different tasks; a GPU only.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub fn sync_some<const NUMBER: u32, const THREADS: u32>() {
+    const { assert!(NUMBER > 0 && NUMBER < 16 && THREADS.is_multiple_of(32)) };
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: a barrier; the default memory clobber orders the surrounding accesses.
+    unsafe {
+        core::arch::asm!("bar.sync {}, {};", const NUMBER, const THREADS, options(nostack));
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    crate::cpu::gpu_only()
 }
 
 /// Waits until the kernels that this one was launched behind have ended and their writes are visible.

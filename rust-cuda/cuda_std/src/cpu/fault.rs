@@ -149,6 +149,11 @@ pub enum FaultKind {
         /// Its message.
         message: String,
     },
+    /// The kernel's blocks wait for each other, or use a GPU's copy engine; the executor has neither.
+    GpuOnly {
+        /// The line.
+        at: &'static Location<'static>,
+    },
 }
 
 impl fmt::Display for Action {
@@ -231,6 +236,12 @@ impl fmt::Display for FaultKind {
                 write!(f, "a grid of {x} x {y} x {z} blocks: 1 to 2147483647 x 65535 x 65535, 4294967295 in all")
             }
             Self::Stack { message } => write!(f, "no memory for a thread's stack: {message}"),
+            Self::GpuOnly { at } => {
+                write!(
+                    f,
+                    "{at} needs a GPU: the executor runs a block to its end before the next, and has no copy engine"
+                )
+            }
         }
     }
 }

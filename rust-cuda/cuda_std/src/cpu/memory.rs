@@ -105,6 +105,13 @@ pub(crate) fn dynamic_shared(offset: usize, bytes: usize) -> u32 {
     offset as u32
 }
 
+/// What only GPUs do.
+#[cold]
+#[track_caller]
+pub(crate) fn gpu_only() -> ! {
+    raise(FaultKind::GpuOnly { at: Location::caller() })
+}
+
 #[cold]
 #[track_caller]
 pub(crate) fn out_of_bounds(space: Space, index: usize, count: usize, length: usize) -> ! {

@@ -21,7 +21,8 @@ pub use executor::Executor;
 pub use fault::{Action, Fault, FaultKind, Site};
 pub(crate) use memory::{
     active_shadow, async_commit, async_copy, async_wait, check_alignment, dynamic_shared, global_arrival,
-    global_atomic, global_read, global_write, out_of_bounds, shared_atomic, shared_read, shared_write, static_shared,
+    global_atomic, global_read, global_write, gpu_only, out_of_bounds, shared_atomic, shared_read, shared_write,
+    static_shared,
 };
 pub use shadow::Shadow;
 
