@@ -56,6 +56,7 @@ MEANT = {
     "sample_masses": ("LDG.128", "ACQBULK"),
     "log_probs": ("ACQBULK",),
     "few_argmax": ("ACQBULK",),
+    "decode_step_*": ("HMMA", "LDSM", "UBLKCP", "ACQBULK"),
 }
 # Copies of these kernels to shared memory all have 16 bytes and leave L1 out.
 ONLY_WIDE = ("few_*", "tile_*", "attention_*")

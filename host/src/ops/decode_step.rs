@@ -114,7 +114,14 @@ fn shape(heads: HeadShape, hidden: usize, ffn: usize, vocab: usize) -> Result<Sh
     })
 }
 
-/// Whether the kernel takes a model's shapes on this device: a GPU of compute capability 9.0 or later.
+/// Whether kernels of an image such as `sm_90a` have the copy engine's instructions: from compute capability 9.0 on. What counts is
+/// the image, not the GPU, which may be newer and run an older one.
+fn has_bulk_copies(image: &str) -> bool {
+    let digits = image.strip_prefix("sm_").unwrap_or_default().trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    digits.parse::<u32>().is_ok_and(|capability| capability >= 90)
+}
+
+/// Whether the kernel takes a model's shapes on this device, with the kernels that run there.
 #[must_use]
 pub fn decode_step_fits(device: &Device, heads: HeadShape, hidden: usize, ffn: usize, layers: usize) -> bool {
     let Ok(shape) = shape(heads, hidden, ffn, 0) else { return false };
@@ -124,7 +131,7 @@ pub fn decode_step_fits(device: &Device, heads: HeadShape, hidden: usize, ffn: u
     let largest = [(16, shape.hidden), (8, shape.query_width() / output), (8, shape.ffn / down)];
     let largest = largest.map(|(rows, width)| unit_bytes(rows, width) as usize).into_iter().max().unwrap_or(0);
     let ring = device.shared_bytes_per_block().saturating_sub(shape.front(layers).ring as usize);
-    device.compute_capability().is_some_and(|capability| capability >= 90)
+    device.kernel_image().is_some_and(has_bulk_copies)
         && matches!(heads.width, 32 | 64)
         && heads.query_heads / heads.kv_heads <= 16
         && hidden.is_multiple_of(stage)
@@ -258,6 +265,12 @@ mod tests {
     fn blocks_that_wait_for_each_other_are_not_for_the_executor() {
         let device = Device::cpu(CpuOptions { tensor_cores: true, ..CpuOptions::default() }).unwrap();
         assert!(!decode_step_fits(&device, HEADS, 896, 4864, 24));
+    }
+
+    #[test]
+    fn older_images_have_no_bulk_copies_on_any_gpu() {
+        assert_eq!(["sm_90a", "sm_100"].map(has_bulk_copies), [true; 2]);
+        assert_eq!(["sm_80", "sm_", "", "90"].map(has_bulk_copies), [false; 4]);
     }
 
     #[test]
