@@ -46,6 +46,10 @@ const TENSOR_CORES: [&str; 38] = [
     "tile_qkv_64",
 ];
 
+/// Kernels whose blocks wait for each other, which the executor does not do. The self-test compares their steps with the
+/// separate operations, on every model of the GPU tests.
+const GPU_ONLY: [&str; 2] = ["decode_step_32", "decode_step_64"];
+
 /// Cases and values of a kernel.
 #[derive(Clone, Copy, Default)]
 struct Covered {
@@ -53,7 +57,7 @@ struct Covered {
     values: usize,
 }
 
-/// What the records cover, tensor-core kernels left out. Panics when a kernel is missing.
+/// What the records cover, tensor-core kernels and those of a GPU alone left out. Panics when a kernel is missing.
 #[track_caller]
 fn coverage(rig: &Rig) -> BTreeMap<&'static str, Covered> {
     let names = kernels_gpu::KERNELS.iter().map(|kernel| kernel.name);
@@ -63,11 +67,11 @@ fn coverage(rig: &Rig) -> BTreeMap<&'static str, Covered> {
         entry.cases += 1;
         entry.values += record.bits.len();
     }
-    for (name, entry) in &covered {
+    for (name, entry) in covered.iter().filter(|(name, _)| !GPU_ONLY.contains(name)) {
         assert!(entry.cases > 0 && entry.values > 0, "no case covers {name}");
     }
-    covered.retain(|name, _| !TENSOR_CORES.contains(name));
-    assert_eq!(covered.len() + TENSOR_CORES.len(), kernels_gpu::KERNELS.len());
+    covered.retain(|name, _| !TENSOR_CORES.contains(name) && !GPU_ONLY.contains(name));
+    assert_eq!(covered.len() + TENSOR_CORES.len() + GPU_ONLY.len(), kernels_gpu::KERNELS.len());
     covered
 }
 
