@@ -17,7 +17,7 @@
 //! | `penalties`, `argmax`, `sample`, `log_probs` | from logits to a token (`rank`, `distance`, `row_parameters`, `philox`, `quads`: their parts) |
 //! | `candidates`, `masses`, `choose` | `sample`, fast on a GPU |
 //! | `few` | what the linear layers of few tokens share; each is fused with its neighbours in `few_qkv`, `few_residual`, `few_gate_up`, `few_logits` |
-//! | `decode_step` | a whole step of few tokens in one kernel (`weight_ring`: its weights) |
+//! | `decode_step` | a whole step of one token in one kernel (`weight_ring`: its weights) |
 //! | `tiles` | the linear layers of many tokens, with what stands behind them: `tile_qkv`, `tile_parts`, `tile_gate_up`, `tile_logits` |
 //! | `differing` | bit comparison, for the self-test |
 #![cfg_attr(target_arch = "nvptx64", no_std)]

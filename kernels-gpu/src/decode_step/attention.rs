@@ -1,0 +1,102 @@
+//! The attention phase: [`crate::attention_decode_short`] of a KV head, between tagged words.
+
+use cuda_std::bulk;
+use cuda_std::prelude::*;
+
+use super::{Step, map, place};
+use crate::attention_decode::MAX_RATIO;
+use crate::attention_decode_short::{Inputs, Task, attend};
+use crate::kv_write::PAGE;
+use crate::weight_ring::Ring;
+
+/// Attention of the query heads of a KV head, by the first `AT_ONCE` warps. `STEPS` and so on as in [`attend`].
+#[inline(always)]
+pub(super) fn attention<
+    const AT_ONCE: usize,
+    const STEPS: usize,
+    const TILES: usize,
+    const COPIES: usize,
+    const ITEMS: usize,
+>(
+    step: &Step<'_>,
+    ring: Ring,
+    layer: u32,
+    kv_head: u32,
+    unit: u32,
+) {
+    let shape = step.shape;
+    let width = shape.head_width;
+    let words = shape.words();
+    let tag = step.layer_tag(layer);
+    let ratio = shape.heads / shape.kv_heads;
+    let (lane, _) = place();
+    let (g, t) = (lane / 4, lane % 4);
+    let [position, table, ..] = step.token();
+    // SAFETY: the addresses of the layer's pages; what is read of them was written before this launch.
+    let pages = |place: u32| unsafe { In::at_address(step.address(layer, place), step.page_elements) };
+    let base = ring.wait(unit);
+    let word = words.qkv;
+    let sync = || {
+        if AT_ONCE == 4 { thread::sync_some::<2, 128>() } else { thread::sync_some::<2, 64>() }
+    };
+    attend::<AT_ONCE, STEPS, TILES, COPIES, ITEMS, true>(
+        thread::thread_idx_x_anew() as usize,
+        step.memory.part(map::STATISTICS, AT_ONCE * MAX_RATIO * 2),
+        base as usize,
+        Task {
+            key_pages: pages(7),
+            value_pages: pages(8),
+            position: position as usize,
+            ratio: ratio as usize,
+            factor: step.scale,
+        },
+        |span| {
+            let page = step.page_tables.get((table + span as u32) as usize);
+            (page * shape.kv_heads + kv_head) as usize * PAGE * width as usize
+        },
+        |has_span, has_last| {
+            let mut inputs: Inputs<STEPS> = ([[0u32; 4]; STEPS], ([bf16::ZERO; 8], [bf16::ZERO; STEPS]));
+            let bits = |word: u32| bf16::from_bits(word as u16);
+            if has_last {
+                let key = word + (shape.heads + kv_head) * width;
+                let value = key + shape.kv_heads * width;
+                if lane < width / 8 {
+                    // SAFETY: words of the token's keys; a lane's are even.
+                    let [pairs] = unsafe { step.words.wait_pairs::<1, 4, 2>([key + lane * 8], tag) };
+                    for i in 0..8 {
+                        inputs.1.0[i] = bits(pairs[i / 2][i % 2]);
+                    }
+                }
+                for i in 0..STEPS / 2 {
+                    // SAFETY: words of the token's values.
+                    inputs.1.1[i] = bits(unsafe { step.words.wait(value + lane + i as u32 * 32, tag) });
+                }
+            }
+            for half in 0..2 {
+                let head = g + half as u32 * 8;
+                if has_span && head < ratio {
+                    let query = word + (kv_head * ratio + head) * width + t * 2;
+                    // SAFETY: words of the token's queries; a lane's are even.
+                    let [pairs] = unsafe { step.words.wait_pairs::<1, TILES, 8>([query], tag) };
+                    for i in 0..TILES {
+                        let [low, high] = pairs[i].map(f32::from_bits);
+                        inputs.0[i / 2][i % 2 * 2 + half] = bf16_pair(low, high);
+                    }
+                }
+            }
+            warp::sync_warp();
+            inputs
+        },
+        sync,
+        |head, column, [a, b, c, d]| {
+            let to = words.attended + ((kv_head * ratio + head as u32) * width + column as u32) / 2;
+            // SAFETY: words of the row's attended values; columns are multiples of 4.
+            unsafe { step.words.store_pair(to, [bf16_pair(a, b), bf16_pair(c, d)], tag) };
+        },
+    );
+    bulk::release_to_copies();
+    sync();
+    if thread::thread_idx_x() == 0 {
+        ring.free(unit);
+    }
+}
