@@ -39,7 +39,7 @@ use cuda_std::prelude::*;
 use cuda_std::shared;
 use cuda_std::tagged::Tagged;
 
-use self::attention::attention;
+use self::attention::{AT_ONCE, attention};
 use self::chain::Chain;
 use self::inputs::bring_inputs;
 use self::lookup::{Phase, Share, deal};
@@ -153,7 +153,7 @@ impl<'a> Step<'a> {
 
 /// The lane and the warp, as [`Shape::anew`].
 #[inline(always)]
-fn place() -> (u32, u32) {
+fn lane_and_warp() -> (u32, u32) {
     let thread = thread::thread_idx_x_anew();
     (thread % 32, thread / 32)
 }
@@ -167,7 +167,7 @@ fn sync() {
 
 /// A block. The numbers are those of [`attention()`].
 #[inline(always)]
-fn run<const AT_ONCE: usize, const STEPS: usize, const TILES: usize, const COPIES: usize, const ITEMS: usize>(
+fn run<const STEPS: usize, const TILES: usize, const COPIES: usize, const ITEMS: usize>(
     step: Step<'_>,
     layers: In<u64>,
     [positions, row_tables]: [In<u32>; 2],
@@ -201,7 +201,7 @@ fn run<const AT_ONCE: usize, const STEPS: usize, const TILES: usize, const COPIE
     embed(&step);
     let layers = step.layers;
     let mut unit = 0u32;
-    // The phase before in which the block took part: a linear layer's, attention's.
+    // Whether the block took part in the linear layer before this one, and in attention where that stands between the two.
     let (mut busy, mut attended) = (false, false);
     let (mut linear, mut layer) = (Linear::Qkv, 0);
     let own = thread::thread_idx_x() as usize;
@@ -214,7 +214,7 @@ fn run<const AT_ONCE: usize, const STEPS: usize, const TILES: usize, const COPIE
                 if thread::thread_idx_x_anew() < AT_ONCE as u32 * 32 {
                     let group = share.group(turn);
                     let step = step.anew();
-                    attention::<AT_ONCE, STEPS, TILES, COPIES, ITEMS>(&step, ring, layer, group, unit + turn);
+                    attention::<STEPS, TILES, COPIES, ITEMS>(&step, ring, layer, group, unit + turn);
                 }
             }
             unit += share.count;
@@ -234,7 +234,7 @@ fn run<const AT_ONCE: usize, const STEPS: usize, const TILES: usize, const COPIE
         let at_once = if phase.halvings > 0 { 4 } else { WARPS };
         let mut first = 0;
         while first < units {
-            let (lane, warp) = place();
+            let (lane, warp) = lane_and_warp();
             let (g, t) = (lane / 4, lane % 4);
             let turn = first + warp;
             let (has, segment) = (warp < at_once && turn < units, turn & ((1 << phase.halvings) - 1));
@@ -377,7 +377,7 @@ macro_rules! step_kernel {
             eps: f32,
             scale: f32,
         ) {
-            const AT_ONCE: usize = warps($width);
+            const { assert!(warps($width) == AT_ONCE) };
             let hidden = final_gain.len() as u32;
             let shape = Shape {
                 hidden,
@@ -405,7 +405,7 @@ macro_rules! step_kernel {
                 eps,
                 scale,
             };
-            run::<AT_ONCE, { $width / 16 }, { $width / 8 }, { $width / 4 }, { MAX_RATIO * $width / 4 / (AT_ONCE * 32) }>(
+            run::<{ $width / 16 }, { $width / 8 }, { $width / 4 }, { MAX_RATIO * $width / 4 / (AT_ONCE * 32) }>(
                 step,
                 layers,
                 [positions, row_tables],

@@ -63,13 +63,7 @@ pub fn few_logits(
         },
     );
     for column in 0..2 {
-        let mut key = warp_best[column];
-        let mut distance = 4;
-        while distance < 32 {
-            let other = rank::shuffle_xor(key, distance);
-            key = if other > key { other } else { key };
-            distance *= 2;
-        }
+        let key = rank::warp_max(warp_best[column], 4);
         if g == 0 {
             block_best.set(warp * FEW + t * 2 + column, key);
         }

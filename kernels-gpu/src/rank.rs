@@ -65,6 +65,22 @@ pub fn shuffle_xor(value: u64, mask: u32) -> u64 {
     (u64::from(high) << 32) | u64::from(low)
 }
 
+/// The greatest of the values of the lanes whose indices differ from this one's in multiples of `from`, a power of two: 1 for
+/// the whole warp.
+#[inline(always)]
+#[must_use]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub(crate) fn warp_max(value: u64, from: u32) -> u64 {
+    let mut max = value;
+    let mut distance = from;
+    while distance < 32 {
+        let other = shuffle_xor(max, distance);
+        max = if other > max { other } else { max };
+        distance *= 2;
+    }
+    max
+}
+
 /// The greatest of the block's values, in every thread. `scratch` holds one element per warp.
 #[inline(always)]
 #[must_use]

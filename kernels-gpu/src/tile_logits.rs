@@ -100,13 +100,7 @@ fn tile_logits<
         for eight in 0..2 {
             for element in 0..2 {
                 let Best { logit, id } = held[pair][eight][element];
-                let mut key = rank::rank_key(logit, id as usize);
-                let mut distance = 4;
-                while distance < 32 {
-                    let other = rank::shuffle_xor(key, distance);
-                    key = if other > key { other } else { key };
-                    distance *= 2;
-                }
+                let key = rank::warp_max(rank::rank_key(logit, id as usize), 4);
                 if g == 0 {
                     let token = tiles::token::<OUTPUT_WARPS, PAIRS>(pair, eight, element);
                     warp_best.set((warp_row + token) as usize, key);

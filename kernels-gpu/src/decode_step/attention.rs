@@ -3,21 +3,18 @@
 use cuda_std::bulk;
 use cuda_std::prelude::*;
 
-use super::{Step, map, place};
+use super::{Step, lane_and_warp, map};
 use crate::attention_decode::MAX_RATIO;
 use crate::attention_decode_short::{Inputs, Task, attend};
 use crate::kv_write::PAGE;
 use crate::weight_ring::Ring;
 
-/// Attention of the query heads of a KV head, by the first `AT_ONCE` warps. `STEPS` and so on as in [`attend`].
+/// Warps that attend, and spans at once.
+pub(super) const AT_ONCE: usize = 4;
+
+/// Attention of the query heads of a KV head, by the first [`AT_ONCE`] warps. `STEPS` and so on as in [`attend`].
 #[inline(always)]
-pub(super) fn attention<
-    const AT_ONCE: usize,
-    const STEPS: usize,
-    const TILES: usize,
-    const COPIES: usize,
-    const ITEMS: usize,
->(
+pub(super) fn attention<const STEPS: usize, const TILES: usize, const COPIES: usize, const ITEMS: usize>(
     step: &Step<'_>,
     ring: Ring,
     layer: u32,
@@ -29,16 +26,14 @@ pub(super) fn attention<
     let words = shape.words();
     let tag = step.layer_tag(layer);
     let ratio = shape.heads / shape.kv_heads;
-    let (lane, _) = place();
+    let (lane, _) = lane_and_warp();
     let (g, t) = (lane / 4, lane % 4);
     let [position, table, ..] = step.token();
     // SAFETY: the addresses of the layer's pages; what is read of them was written before this launch.
     let pages = |place: u32| unsafe { In::at_address(step.address(layer, place), step.page_elements) };
     let base = ring.wait(unit);
     let word = words.qkv;
-    let sync = || {
-        if AT_ONCE == 4 { thread::sync_some::<2, 128>() } else { thread::sync_some::<2, 64>() }
-    };
+    let sync = || thread::sync_some::<2, { AT_ONCE as u32 * 32 }>();
     attend::<AT_ONCE, STEPS, TILES, COPIES, ITEMS, true>(
         thread::thread_idx_x_anew() as usize,
         step.memory.part(map::STATISTICS, AT_ONCE * MAX_RATIO * 2),

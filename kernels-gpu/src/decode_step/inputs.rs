@@ -3,7 +3,7 @@
 use cuda_std::prelude::*;
 
 use super::lookup::Phase;
-use super::{Step, THREADS, map, place};
+use super::{Step, THREADS, lane_and_warp, map};
 use crate::rms_norm::REDUCTION_LANES;
 use crate::weight_ring::{PAD, Ring};
 
@@ -34,7 +34,7 @@ pub(super) fn bring_inputs(step: &Step<'_>, ring: Ring, unit: u32, phase: Phase,
 fn normalise(step: &Step<'_>, inputs: u32, ring: Ring, unit: u32, start: u32, tag: u32) {
     const PARTS: u32 = REDUCTION_LANES as u32 / 32;
     let width = step.shape.hidden;
-    let (lane, part) = place();
+    let (lane, part) = lane_and_warp();
     if part >= PARTS {
         return;
     }

@@ -1,5 +1,6 @@
 //! Where things are in a block's dynamic shared memory, in bytes: the ring's barriers first.
 
+use super::attention::AT_ONCE;
 use super::lookup::Phase;
 use super::plan::{self, Shape};
 use super::{LAYER_WORDS, THREADS};
@@ -15,13 +16,21 @@ pub(super) const PHASES: usize = TOKEN + 4 * 4;
 /// Maxima and sums of spans.
 pub(super) const STATISTICS: usize = PHASES + (plan::PHASES as usize + 1) * Phase::WORDS * 4;
 /// Sums of segments.
-pub(super) const PARTIALS: usize = STATISTICS + 4 * MAX_RATIO * 2 * 4;
+pub(super) const PARTIALS: usize = STATISTICS + AT_ONCE * MAX_RATIO * 2 * 4;
 /// Of each thread, its best token.
 pub(super) const BEST: usize = PARTIALS + THREADS as usize * 4;
 /// A record for each layer: its addresses, then the block's groups in each phase; then one for the head.
 pub(super) const LAYERS: usize = (BEST + THREADS as usize * 8).next_multiple_of(16);
 /// Bytes of a record.
 pub(super) const LAYER_BYTES: usize = LAYER_WORDS * 8 + plan::PHASES as usize * 8;
+
+// What is read as vectors, or as 64 bits, is aligned.
+const _: () = {
+    assert!(SQUARES.is_multiple_of(16) && TOKEN.is_multiple_of(16));
+    assert!(PHASES.is_multiple_of(16) && (Phase::WORDS * 4).is_multiple_of(16));
+    assert!(STATISTICS.is_multiple_of(8) && BEST.is_multiple_of(8));
+    assert!(LAYERS.is_multiple_of(8) && LAYER_BYTES.is_multiple_of(8));
+};
 
 /// Where the rest starts, in bytes: it depends on the model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,7 +3,7 @@
 use cuda_std::prelude::*;
 
 use super::plan::Linear;
-use super::{Step, WARPS, place, sync};
+use super::{Step, WARPS, lane_and_warp, sync};
 use crate::kv_write::PAGE;
 use crate::rank;
 use crate::silu_mul::gated;
@@ -101,7 +101,7 @@ pub(super) fn put_qkv(step: &Step<'_>, layer: u32, group: u32, g: u32, [mut a, m
 /// The gated activation of a group's 8 gates and ups.
 #[inline(always)]
 pub(super) fn put_gated(step: &Step<'_>, start: u32, tag: u32, group: u32, sums: [f32; 2]) {
-    let (lane, _) = place();
+    let (lane, _) = lane_and_warp();
     let (g, t) = (lane / 4, lane % 4);
     let own = gated(f32_to_bf16(sums[0]), f32_to_bf16(sums[1]));
     // A word has two neighbours.
@@ -116,7 +116,7 @@ pub(super) fn put_gated(step: &Step<'_>, start: u32, tag: u32, group: u32, sums:
 #[inline(always)]
 pub(super) fn put_best(bests: Shared<u64>, best: Out<u64>) {
     sync();
-    let (lane, warp) = place();
+    let (lane, warp) = lane_and_warp();
     if warp > 0 {
         return;
     }
@@ -125,12 +125,7 @@ pub(super) fn put_best(bests: Shared<u64>, best: Out<u64>) {
         let other = bests.get((warp * 32 + lane) as usize);
         key = if other > key { other } else { key };
     }
-    let mut distance = 1;
-    while distance < 32 {
-        let other = rank::shuffle_xor(key, distance);
-        key = if other > key { other } else { key };
-        distance *= 2;
-    }
+    let key = rank::warp_max(key, 1);
     if lane == 0 {
         best.set(thread::block_idx_x() as usize, key);
     }

@@ -47,17 +47,7 @@ pub fn m16n8k16_bf16(a: [u32; 4], b: [u32; 2], c: [f32; 4]) -> [f32; 4] {
 #[must_use]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub fn load_a(tile: &Shared<bf16>, start: usize, stride: usize) -> [u32; 4] {
-    #[cfg(target_arch = "nvptx64")]
-    {
-        let lane = crate::thread::lane_id() as usize;
-        ldmatrix(tile.address_of(start + lane % 16 * stride + lane / 16 * 8))
-    }
-    #[cfg(not(target_arch = "nvptx64"))]
-    {
-        let lane = crate::thread::lane_id() as usize;
-        let at = start + lane / 4 * stride + lane % 4 * 2;
-        [pair(tile, at), pair(tile, at + 8 * stride), pair(tile, at + 8), pair(tile, at + 8 * stride + 8)]
-    }
+    load_a_of(tile, start, stride, 16)
 }
 
 /// [`load_a`] of a tile that has only its first `rows` rows, 8 or 16: 8 stand for the other 8 as well.

@@ -4,25 +4,27 @@
 
 #[cfg(target_arch = "nvptx64")]
 macro_rules! special_register {
-    ($name:literal) => {{
+    ($name:literal $(, $pure:ident)?) => {{
         let value: u32;
         // SAFETY: reads a special register; no memory, no side effect.
         unsafe {
-            core::arch::asm!(concat!("mov.u32 {}, %", $name, ";"), out(reg32) value, options(pure, nomem, nostack));
+            core::arch::asm!(concat!("mov.u32 {}, %", $name, ";"), out(reg32) value, options($($pure,)? nomem, nostack));
         }
         value
     }};
 }
 
-macro_rules! index_function {
-    ($(#[$doc:meta])* $name:ident, $register:literal, $cpu:expr) => {
+/// A function that reads a register. One that is `pure` may be read once for many calls, and anywhere; any other is read where
+/// each call stands.
+macro_rules! register_function {
+    ($(#[$doc:meta])* $name:ident, $register:literal, $cpu:expr $(, $pure:ident)?) => {
         $(#[$doc])*
         #[inline(always)]
         #[must_use]
         pub fn $name() -> u32 {
             #[cfg(target_arch = "nvptx64")]
             {
-                special_register!($register)
+                special_register!($register $(, $pure)?)
             }
             #[cfg(not(target_arch = "nvptx64"))]
             {
@@ -32,54 +34,44 @@ macro_rules! index_function {
     };
 }
 
-index_function!(
+register_function!(
     /// The thread's index in its block.
-    thread_idx_x, "tid.x", crate::cpu::thread_idx()
+    thread_idx_x, "tid.x", crate::cpu::thread_idx(), pure
 );
-index_function!(
+register_function!(
     /// Threads in a block.
-    block_dim_x, "ntid.x", crate::cpu::block_dim()
+    block_dim_x, "ntid.x", crate::cpu::block_dim(), pure
 );
-index_function!(
+register_function!(
     /// The block's first index in the grid.
-    block_idx_x, "ctaid.x", crate::cpu::block_idx()[0]
+    block_idx_x, "ctaid.x", crate::cpu::block_idx()[0], pure
 );
-index_function!(
+register_function!(
     /// The block's second index in the grid.
-    block_idx_y, "ctaid.y", crate::cpu::block_idx()[1]
+    block_idx_y, "ctaid.y", crate::cpu::block_idx()[1], pure
 );
-index_function!(
+register_function!(
     /// The block's third index in the grid.
-    block_idx_z, "ctaid.z", crate::cpu::block_idx()[2]
+    block_idx_z, "ctaid.z", crate::cpu::block_idx()[2], pure
 );
-index_function!(
+register_function!(
     /// Blocks in the grid's first dimension.
-    grid_dim_x, "nctaid.x", crate::cpu::grid_dim()[0]
+    grid_dim_x, "nctaid.x", crate::cpu::grid_dim()[0], pure
 );
-index_function!(
+register_function!(
     /// Blocks in the grid's second dimension.
-    grid_dim_y, "nctaid.y", crate::cpu::grid_dim()[1]
+    grid_dim_y, "nctaid.y", crate::cpu::grid_dim()[1], pure
 );
 
-/// [`thread_idx_x`], read anew: what was computed from an earlier reading does not serve for this one. Inside a loop this
-/// keeps the compiler from making many addresses before the loop and holding all of them in registers.
-#[inline(always)]
-#[must_use]
-pub fn thread_idx_x_anew() -> u32 {
-    #[cfg(target_arch = "nvptx64")]
-    {
-        let value: u32;
-        // SAFETY: reads a special register. Not `pure`, so that it stays where it is.
-        unsafe {
-            core::arch::asm!("mov.u32 {}, %tid.x;", out(reg32) value, options(nomem, nostack));
-        }
-        value
-    }
-    #[cfg(not(target_arch = "nvptx64"))]
-    {
-        crate::cpu::thread_idx()
-    }
-}
+register_function!(
+    /// [`thread_idx_x`], read anew: what was computed from an earlier reading does not serve for this one. Inside a loop this
+    /// keeps the compiler from making many addresses before the loop and holding all of them in registers.
+    thread_idx_x_anew, "tid.x", crate::cpu::thread_idx()
+);
+register_function!(
+    /// The multiprocessor's clock, in cycles modulo 2^32; 0 on the CPU.
+    clock, "clock", 0
+);
 
 /// A number that the compiler cannot tell from any other: what is computed from it is computed where it is used, and not held in
 /// registers from before a loop on.
@@ -98,25 +90,6 @@ pub fn number_anew(value: u32) -> u32 {
     #[cfg(not(target_arch = "nvptx64"))]
     {
         value
-    }
-}
-
-/// The multiprocessor's clock, in cycles modulo 2^32; 0 on the CPU.
-#[inline(always)]
-#[must_use]
-pub fn clock() -> u32 {
-    #[cfg(target_arch = "nvptx64")]
-    {
-        let cycles: u32;
-        // SAFETY: reads a special register. Not `pure`, so that it stays where it is.
-        unsafe {
-            core::arch::asm!("mov.u32 {}, %clock;", out(reg32) cycles, options(nomem, nostack));
-        }
-        cycles
-    }
-    #[cfg(not(target_arch = "nvptx64"))]
-    {
-        0
     }
 }
 
