@@ -222,22 +222,16 @@ impl Model {
             head: self.head(),
             rope_table: self.rope_table.as_slice(),
         };
-        let mut layers: Vec<_> = self
-            .parameters
-            .layers
-            .iter()
-            .zip(cache.all_pages_mut())
-            .map(|(layer, pages)| StepLayer {
-                input_gain: layer.input_norm.as_slice(),
-                qkv: &layer.qkv,
-                bias: layer.qkv_bias.as_ref().map(|bias| bias.as_slice()),
-                output: &layer.output,
-                post_gain: layer.post_norm.as_slice(),
-                gate_up: &layer.gate_up,
-                down: &layer.down,
-                pages,
-            })
-            .collect();
+        let layers = self.parameters.layers.iter().zip(cache.all_pages_mut()).map(|(layer, pages)| StepLayer {
+            input_gain: layer.input_norm.as_slice(),
+            qkv: &layer.qkv,
+            bias: layer.qkv_bias.as_ref().map(|bias| bias.as_slice()),
+            output: &layer.output,
+            post_gain: layer.post_norm.as_slice(),
+            gate_up: &layer.gate_up,
+            down: &layer.down,
+            pages,
+        });
         let wanted = if bucket.wanted == Wanted::Tokens { 0 } else { config.vocab };
         ops::decode_step(
             self.device(),
@@ -245,11 +239,10 @@ impl Model {
             &id,
             places,
             ends,
-            &mut layers,
+            layers,
             &mut workspace.arena.logits(wanted)?.values,
             &mut workspace.best.as_slice_mut(),
             &mut workspace.chosen.slice_mut(..1)?,
-            self.heads(),
         )?;
         self.draw_bucket(bucket, workspace)
     }

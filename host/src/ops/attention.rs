@@ -47,7 +47,7 @@ impl HeadShape {
         (std::f64::consts::LOG2_E / (self.width as f64).sqrt()) as f32
     }
 
-    fn check(&self, operation: &str) -> Result<(), DeviceError> {
+    pub(super) fn check(&self, operation: &str) -> Result<(), DeviceError> {
         let heads = self.kv_heads > 0 && self.query_heads.is_multiple_of(self.kv_heads);
         let ratio = if heads { self.query_heads / self.kv_heads } else { 0 };
         expect(matches!(self.width, 32 | 64 | 96 | 128) && (1..=16).contains(&ratio), operation, || {

@@ -6,8 +6,8 @@ use half::bf16;
 use kernels_gpu::attention_decode_short::apart_bytes;
 use kernels_gpu::decode_step::{LAYER_WORDS, MOST_HIDDEN, STAGE, Shape};
 use kernels_gpu::decode_step::{decode_step_32, decode_step_64};
+use kernels_gpu::few_logits;
 use kernels_gpu::weight_ring::{UNITS, unit_bytes};
-use kernels_gpu::{few, few_logits};
 
 use super::attention::PagesMut;
 use super::few::{Norm, Places};
@@ -57,12 +57,21 @@ pub struct StepEnds<'a> {
     pub rope_table: Slice<'a, f32>,
 }
 
-/// What steps leave for each other on a device: the table of layers, and the words that blocks exchange.
+/// What steps leave for each other on a device: the table of layers, and the words that blocks exchange. What all steps of a model
+/// have in common is computed once, for it.
 #[derive(Debug)]
 pub struct StepMemory {
+    heads: HeadShape,
+    /// Its vocabulary is that of the step's head.
+    shape: Shape,
+    /// Whether the kernel takes the model on the device.
+    fits: bool,
+    /// The layers' addresses.
     table: Buffer<u64>,
-    /// What is in `table`.
-    layers: Vec<u64>,
+    /// What is in `table`, once it has been uploaded.
+    layers: Vec<[u64; LAYER_WORDS]>,
+    /// Whether it has.
+    uploaded: bool,
     words: Buffer<u64>,
     /// The next tag. 0 is on words that nobody has written.
     tag: u32,
@@ -80,13 +89,65 @@ impl StepMemory {
         ffn: usize,
         layers: usize,
     ) -> Result<Self, DeviceError> {
-        let words = shape(heads, hidden, ffn, 0)?.words().len as usize;
+        let shape = shape(heads, hidden, ffn)?;
+        let words = shape.words().len as usize;
         Ok(Self {
+            heads,
+            shape,
+            fits: fits(device, heads, shape, layers),
             table: device.alloc((layers * LAYER_WORDS).max(1), MemoryKind::Activations, "table of layers")?,
-            layers: Vec::new(),
+            layers: vec![[0; LAYER_WORDS]; layers],
+            uploaded: false,
             words: device.alloc(words, MemoryKind::Activations, "words between blocks")?,
             tag: 1,
         })
+    }
+
+    /// Puts the layers' addresses into the table on the device, where they are not there yet. Returns how many elements the keys of
+    /// a layer's pages have, and its values.
+    fn place<'a>(
+        &mut self,
+        device: &Device,
+        layers: impl Iterator<Item = StepLayer<'a>>,
+    ) -> Result<usize, DeviceError> {
+        let (heads, hidden, ffn) = (self.heads, self.shape.hidden as usize, self.shape.ffn as usize);
+        let (count, mut given, mut page_elements) = (self.layers.len(), 0, None);
+        for layer in layers {
+            let elements = *page_elements.get_or_insert(layer.pages.keys.len());
+            let shaped = layer.input_gain.len() == hidden
+                && layer.post_gain.len() == hidden
+                && (layer.qkv.n(), layer.qkv.k()) == (heads.qkv_width(), hidden)
+                && layer.bias.as_ref().is_none_or(|bias| bias.len() == heads.qkv_width())
+                && (layer.output.n(), layer.output.k()) == (hidden, heads.query_width())
+                && (layer.gate_up.n(), layer.gate_up.k()) == (2 * ffn, hidden)
+                && (layer.down.n(), layer.down.k()) == (hidden, ffn)
+                && layer.pages.keys.len() == elements
+                && layer.pages.values.len() == elements;
+            expect(shaped, NAME, || format!("layer {given}: buffers of other sizes"))?;
+            let addresses = [
+                layer.input_gain.address(),
+                layer.qkv.rows()?.as_slice().address(),
+                layer.bias.as_ref().map_or(0, Slice::address),
+                layer.output.rows()?.as_slice().address(),
+                layer.post_gain.address(),
+                layer.gate_up.rows()?.as_slice().address(),
+                layer.down.rows()?.as_slice().address(),
+                layer.pages.keys.address(),
+                layer.pages.values.address(),
+            ];
+            // One layer too many has no place, and is an error below.
+            if let Some(held) = self.layers.get_mut(given).filter(|held| **held != addresses) {
+                self.uploaded = false;
+                *held = addresses;
+            }
+            given += 1;
+        }
+        expect(given == count, NAME, || format!("{given} layers, with memory for {count}"))?;
+        if !self.uploaded {
+            device.upload(&mut self.table, self.layers.as_flattened())?;
+            self.uploaded = true;
+        }
+        Ok(page_elements.unwrap_or(0))
     }
 
     /// The first of `count` tags that are on no word.
@@ -101,7 +162,8 @@ impl StepMemory {
     }
 }
 
-fn shape(heads: HeadShape, hidden: usize, ffn: usize, vocab: usize) -> Result<Shape, DeviceError> {
+/// A model without its vocabulary.
+fn shape(heads: HeadShape, hidden: usize, ffn: usize) -> Result<Shape, DeviceError> {
     Ok(Shape {
         hidden: size(NAME, hidden)?,
         heads: size(NAME, heads.query_heads)?,
@@ -110,7 +172,7 @@ fn shape(heads: HeadShape, hidden: usize, ffn: usize, vocab: usize) -> Result<Sh
         ffn: size(NAME, ffn)?,
         output_halvings: contract::segments(hidden, heads.query_width()).ilog2(),
         down_halvings: contract::segments(hidden, ffn).ilog2(),
-        vocab: size(NAME, vocab)?,
+        vocab: 0,
     })
 }
 
@@ -124,97 +186,76 @@ fn has_bulk_copies(image: &str) -> bool {
 /// Whether the kernel takes a model's shapes on this device, with the kernels that run there.
 #[must_use]
 pub fn decode_step_fits(device: &Device, heads: HeadShape, hidden: usize, ffn: usize, layers: usize) -> bool {
-    let Ok(shape) = shape(heads, hidden, ffn, 0) else { return false };
-    let stage = STAGE as usize;
+    shape(heads, hidden, ffn).is_ok_and(|shape| fits(device, heads, shape, layers))
+}
+
+/// Whether the kernel is for this device and this model.
+fn fits(device: &Device, heads: HeadShape, shape: Shape, layers: usize) -> bool {
+    device.kernel_image().is_some_and(has_bulk_copies)
+        && shape_fits(device.shared_bytes_per_block(), heads, shape, layers)
+}
+
+/// Whether the kernel takes a model's shapes with so much shared memory.
+fn shape_fits(shared_bytes: usize, heads: HeadShape, shape: Shape, layers: usize) -> bool {
     let (output, down) = (1 << shape.output_halvings, 1 << shape.down_halvings);
     let Ok(layers) = u32::try_from(layers) else { return false };
     let largest = [(16, shape.hidden), (8, shape.query_width() / output), (8, shape.ffn / down)];
     let largest = largest.map(|(rows, width)| unit_bytes(rows, width) as usize).into_iter().max().unwrap_or(0);
-    let ring = device.shared_bytes_per_block().saturating_sub(shape.front(layers).ring as usize);
-    device.kernel_image().is_some_and(has_bulk_copies)
+    let ring = shared_bytes.saturating_sub(shape.front(layers).ring as usize);
+    layers > 0
+        && heads.check(NAME).is_ok()
         && matches!(heads.width, 32 | 64)
-        && heads.query_heads / heads.kv_heads <= 16
-        && hidden.is_multiple_of(stage)
+        && shape.hidden.is_multiple_of(STAGE)
         && shape.hidden <= MOST_HIDDEN
-        && heads.query_width().is_multiple_of(stage * output as usize)
-        && ffn.is_multiple_of(stage * down as usize)
+        && shape.query_width().is_multiple_of(STAGE * output)
+        && shape.ffn.is_multiple_of(STAGE * down)
         && ring >= 2 * largest
         && ring >= largest + apart_bytes(heads.width)
 }
 
 /// Computes a step of one token that continues a sequence, `id` \[1\]: stores its key and value in the pages, leaves `logits`
-/// \[V\] where given, and the token that [`argmax`](super::argmax) would choose in `chosen` \[1\]. `best` has
-/// [`best_len`](super::best_len) elements. One multiprocessor reads all of the context for a KV head, so long ones are better
-/// computed otherwise.
+/// \[V\] where given, and the token that [`argmax`](super::argmax) would choose in `chosen` \[1\]. `layers` are all of the
+/// model that `memory` is for, in order. `best` has [`best_len`](super::best_len) elements. One multiprocessor reads all of the
+/// context for a KV head, so long ones are better computed otherwise.
 ///
 /// # Errors
 /// A shape that does not fit, or the launch's error.
 #[expect(clippy::too_many_arguments, reason = "a whole model's arguments")]
-pub fn decode_step(
+pub fn decode_step<'a>(
     device: &Device,
     memory: &mut StepMemory,
     id: &Slice<'_, u32>,
     places: Places<'_>,
     ends: StepEnds<'_>,
-    layers: &mut [StepLayer<'_>],
+    layers: impl Iterator<Item = StepLayer<'a>>,
     logits: &mut SliceMut<'_, f32>,
     best: &mut SliceMut<'_, u64>,
     chosen: &mut SliceMut<'_, u32>,
-    heads: HeadShape,
 ) -> Result<(), DeviceError> {
-    let (hidden, vocab) = (ends.head.k(), ends.head.n());
-    let ffn = layers.first().map_or(few::STAGE, |layer| layer.down.k());
-    let shape = shape(heads, hidden, ffn, vocab)?;
-    expect(decode_step_fits(device, heads, hidden, ffn, layers.len()), NAME, || {
+    let (heads, count) = (memory.heads, memory.layers.len());
+    let (hidden, vocab) = (memory.shape.hidden as usize, ends.head.n());
+    expect(count > 0, NAME, || "a model without layers: use the separate operations".to_owned())?;
+    expect(memory.fits, NAME, || {
         format!(
-            "{heads:?}, width {hidden}, feed-forward width {ffn}: not supported on this device, use the separate operations"
+            "{heads:?}, width {hidden}, feed-forward width {}, {count} layers: not supported on this device, use the \
+             separate operations",
+            memory.shape.ffn
         )
     })?;
-    let page_elements = layers.first().map_or(0, |layer| layer.pages.keys.len());
-    let fits = |layer: &StepLayer<'_>| {
-        layer.input_gain.len() == hidden
-            && layer.post_gain.len() == hidden
-            && (layer.qkv.n(), layer.qkv.k()) == (heads.qkv_width(), hidden)
-            && layer.bias.as_ref().is_none_or(|bias| bias.len() == heads.qkv_width())
-            && (layer.output.n(), layer.output.k()) == (hidden, heads.query_width())
-            && (layer.gate_up.n(), layer.gate_up.k()) == (2 * ffn, hidden)
-            && (layer.down.n(), layer.down.k()) == (hidden, ffn)
-            && layer.pages.keys.len() == page_elements
-            && layer.pages.values.len() == page_elements
-    };
+    let shape = Shape { vocab: size(NAME, vocab)?, ..memory.shape };
     let blocks = device.multiprocessors();
     let shaped = id.len() == 1
         && places.positions.len() == 1
         && places.row_tables.len() == 1
         && ends.embedding.len() == vocab * hidden
+        && ends.head.k() == hidden
         && ends.norm.gain.len() == hidden
-        && layers.iter().all(fits)
-        && memory.table.len() == (layers.len() * LAYER_WORDS).max(1)
-        && memory.words.len() >= shape.words().len as usize
         && (logits.is_empty() || logits.len() == vocab)
         && best.len() >= blocks
         && chosen.len() == 1;
-    expect(shaped, NAME, || format!("one token and {} layers: buffers of other sizes", layers.len()))?;
-
-    let mut table = Vec::with_capacity(layers.len() * LAYER_WORDS);
-    for layer in layers.iter() {
-        table.extend([
-            layer.input_gain.address(),
-            layer.qkv.rows()?.as_slice().address(),
-            layer.bias.as_ref().map_or(0, Slice::address),
-            layer.output.rows()?.as_slice().address(),
-            layer.post_gain.address(),
-            layer.gate_up.rows()?.as_slice().address(),
-            layer.down.rows()?.as_slice().address(),
-            layer.pages.keys.address(),
-            layer.pages.values.address(),
-        ]);
-    }
-    if memory.layers != table {
-        device.upload(memory.table.slice_mut(..table.len())?, &table)?;
-        memory.layers = table;
-    }
-    let tag = memory.tags(device, size(NAME, layers.len() + 1)?)?;
+    expect(shaped, NAME, || format!("one token of width {hidden}, {vocab} tokens: buffers of other sizes"))?;
+    let page_elements = memory.place(device, layers)?;
+    let tag = memory.tags(device, size(NAME, count + 1)?)?;
     let shared = size(NAME, device.shared_bytes_per_block())?;
     const { assert!(AHEAD < UNITS) };
     let kernel = match heads.width {
@@ -226,7 +267,7 @@ pub fn decode_step(
         kernel(
             id,
             &ends.embedding,
-            &memory.table.slice(..layers.len() * LAYER_WORDS)?,
+            &memory.table,
             &ends.norm.gain,
             &ends.head.rows()?.as_slice(),
             &ends.rope_table,
@@ -265,6 +306,218 @@ mod tests {
     fn blocks_that_wait_for_each_other_are_not_for_the_executor() {
         let device = Device::cpu(CpuOptions { tensor_cores: true, ..CpuOptions::default() }).unwrap();
         assert!(!decode_step_fits(&device, HEADS, 896, 4864, 24));
+    }
+
+    #[test]
+    fn shapes_are_what_the_kernel_was_written_for() {
+        const SHARED: usize = 227 * 1024;
+        let takes = |shared_bytes, [query_heads, kv_heads, width]: [usize; 3], hidden, ffn, layers| {
+            let heads = HeadShape { query_heads, kv_heads, width };
+            shape_fits(shared_bytes, heads, shape(heads, hidden, ffn).unwrap(), layers)
+        };
+        assert!(takes(SHARED, [14, 2, 64], 896, 4864, 24));
+        for (heads, hidden, ffn) in
+            [([1, 1, 64], 64, 64), ([16, 1, 32], 1024, 4096), ([34, 17, 64], 128, 2176), ([7, 1, 64], 320, 2112)]
+        {
+            assert!(takes(SHARED, heads, hidden, ffn, 3), "{heads:?}, {hidden}, {ffn}");
+        }
+        for (heads, hidden, ffn, layers) in [
+            // Heads.
+            ([14, 2, 96], 896, 4864, 24),
+            ([17, 1, 64], 896, 4864, 24),
+            ([14, 4, 64], 896, 4864, 24),
+            ([14, 0, 64], 896, 4864, 24),
+            // Widths.
+            ([14, 2, 64], 1088, 4864, 24),
+            ([14, 2, 64], 928, 4864, 24),
+            ([3, 1, 32], 896, 4864, 24),
+            ([14, 2, 64], 896, 96, 24),
+            ([14, 2, 64], 896, 2080, 24),
+            // Layers.
+            ([14, 2, 64], 896, 4864, 0),
+            ([14, 2, 64], 896, 4864, 1024),
+        ] {
+            assert!(!takes(SHARED, heads, hidden, ffn, layers), "{heads:?}, {hidden}, {ffn}, {layers} layers");
+        }
+        // A GPU with the instructions and less shared memory.
+        assert!(!takes(99 * 1024, [14, 2, 64], 896, 4864, 24));
+    }
+
+    /// A small model's layers on the CPU.
+    struct Layers {
+        gain: Buffer<bf16>,
+        bias: Buffer<bf16>,
+        weights: Vec<[Weight; 4]>,
+        pages: Vec<[Buffer<bf16>; 2]>,
+    }
+
+    const SMALL: HeadShape = HeadShape { query_heads: 2, kv_heads: 1, width: 32 };
+    const HIDDEN: usize = 64;
+    const FFN: usize = 128;
+
+    impl Layers {
+        fn new(device: &Device, count: usize) -> Self {
+            let alloc = |len: usize| device.alloc::<bf16>(len, MemoryKind::Other, "test").unwrap();
+            let weight = |n: usize, k: usize| device.prepare_weight(alloc(n * k), n, k, true).unwrap();
+            let weights = || {
+                let (qkv, output) = (weight(SMALL.qkv_width(), HIDDEN), weight(HIDDEN, SMALL.query_width()));
+                [qkv, output, weight(2 * FFN, HIDDEN), weight(HIDDEN, FFN)]
+            };
+            let pages = || [alloc(SMALL.page_elements()), alloc(SMALL.page_elements())];
+            Self {
+                gain: alloc(HIDDEN),
+                bias: alloc(SMALL.qkv_width()),
+                weights: (0..count).map(|_| weights()).collect(),
+                pages: (0..count).map(|_| pages()).collect(),
+            }
+        }
+
+        fn steps(&mut self) -> impl Iterator<Item = StepLayer<'_>> {
+            let (gain, bias) = (self.gain.as_slice(), self.bias.as_slice());
+            self.weights.iter().zip(&mut self.pages).map(move |([qkv, output, gate_up, down], [keys, values])| {
+                StepLayer {
+                    input_gain: gain,
+                    qkv,
+                    bias: Some(bias),
+                    output,
+                    post_gain: gain,
+                    gate_up,
+                    down,
+                    pages: PagesMut { keys: keys.as_slice_mut(), values: values.as_slice_mut() },
+                }
+            })
+        }
+    }
+
+    fn memory(device: &Device, layers: usize) -> StepMemory {
+        StepMemory::new(device, SMALL, HIDDEN, FFN, layers).unwrap()
+    }
+
+    #[test]
+    fn the_table_is_uploaded_where_it_changed() {
+        let device = Device::cpu(CpuOptions::default()).unwrap();
+        let mut layers = Layers::new(&device, 3);
+        let mut memory = memory(&device, 3);
+        // What an upload would overwrite.
+        let mark = vec![u64::MAX; 3 * LAYER_WORDS];
+        let placed = |memory: &mut StepMemory, layers: &mut Layers| -> bool {
+            device.upload(&mut memory.table, &mark).unwrap();
+            assert_eq!(memory.place(&device, layers.steps()).unwrap(), SMALL.page_elements());
+            let found = device.download(&memory.table).unwrap();
+            assert!(found == mark || found == memory.layers.as_flattened());
+            found != mark
+        };
+        assert!(placed(&mut memory, &mut layers), "the first time");
+        let [_, second, _] = &memory.layers[..] else { panic!("three layers") };
+        let address = |weight: &Weight| weight.rows().unwrap().as_slice().address();
+        let [qkv, output, gate_up, down] = layers.weights[1].each_ref().map(address);
+        let [keys, values] = layers.pages[1].each_ref().map(|buffer| buffer.as_slice().address());
+        let (gain, bias) = (layers.gain.as_slice().address(), layers.bias.as_slice().address());
+        assert_eq!(*second, [gain, qkv, bias, output, gain, gate_up, down, keys, values]);
+        assert!(!placed(&mut memory, &mut layers) && !placed(&mut memory, &mut layers), "nothing changed");
+
+        // Another cache, another bias, another weight; in the first layer, in all, in the last.
+        let mut other = Layers::new(&device, 3);
+        std::mem::swap(&mut layers.pages[0][1], &mut other.pages[0][1]);
+        assert!(placed(&mut memory, &mut layers) && !placed(&mut memory, &mut layers));
+        std::mem::swap(&mut layers.bias, &mut other.bias);
+        assert!(placed(&mut memory, &mut layers) && !placed(&mut memory, &mut layers));
+        std::mem::swap(&mut layers.weights[2], &mut other.weights[2]);
+        assert!(placed(&mut memory, &mut layers) && !placed(&mut memory, &mut layers));
+    }
+
+    #[test]
+    fn a_table_that_was_not_uploaded_is_uploaded_later() {
+        let device = Device::cpu(CpuOptions::default()).unwrap();
+        let stranger = Device::cpu(CpuOptions::default()).unwrap();
+        let (mut layers, mut other) = (Layers::new(&device, 3), Layers::new(&device, 3));
+        let mut memory = memory(&device, 3);
+        let holds = |memory: &StepMemory| device.download(&memory.table).unwrap() == memory.layers.as_flattened();
+
+        // The upload fails: at first, and when there is something there.
+        for layers in [&mut layers, &mut other] {
+            assert!(memory.place(&stranger, layers.steps()).is_err());
+            assert!(!holds(&memory));
+            memory.place(&device, layers.steps()).unwrap();
+            assert!(holds(&memory));
+        }
+
+        // Some layers change, then one does not fit, is missing or is one too many.
+        for fault in 0..3 {
+            let (old, new) = if fault % 2 == 0 { (&mut other, &mut layers) } else { (&mut layers, &mut other) };
+            memory.place(&device, old.steps()).unwrap();
+            let before = device.download(&memory.table).unwrap();
+            let mut more = Layers::new(&device, 1);
+            let outcome = match fault {
+                0 => {
+                    let narrow = device.alloc::<bf16>(HIDDEN / 2, MemoryKind::Other, "test").unwrap();
+                    let wrong = |(index, layer)| match index {
+                        2 => StepLayer { post_gain: narrow.as_slice(), ..layer },
+                        _ => layer,
+                    };
+                    memory.place(&device, new.steps().enumerate().map(wrong))
+                }
+                1 => memory.place(&device, new.steps().take(2)),
+                _ => memory.place(&device, new.steps().chain(more.steps())),
+            };
+            assert!(matches!(outcome, Err(DeviceError::InvalidParameter(_))), "{outcome:?}");
+            assert_eq!(device.download(&memory.table).unwrap(), before);
+            // Those that were held when it failed are not on the device.
+            let changed = if fault == 2 { 3 } else { 2 };
+            memory.place(&device, new.steps().take(changed).chain(old.steps().skip(changed))).unwrap();
+            assert!(holds(&memory));
+        }
+    }
+
+    #[test]
+    fn steps_that_the_kernel_does_not_take_are_refused() {
+        let device = Device::cpu(CpuOptions { tensor_cores: true, ..CpuOptions::default() }).unwrap();
+        let alloc = |len: usize| device.alloc::<bf16>(len, MemoryKind::Other, "test").unwrap();
+        let head = device.prepare_weight(alloc(20 * HIDDEN), 20, HIDDEN, true).unwrap();
+        let (embedding, final_gain) = (alloc(20 * HIDDEN), alloc(HIDDEN));
+        let rope = device.alloc::<f32>(64 * 32, MemoryKind::Other, "test").unwrap();
+        let numbers = device.alloc::<u32>(4, MemoryKind::Other, "test").unwrap();
+        let mut logits = device.alloc::<f32>(20, MemoryKind::Other, "test").unwrap();
+        let mut best = device.alloc::<u64>(device.multiprocessors(), MemoryKind::Other, "test").unwrap();
+        let mut chosen = device.alloc::<u32>(1, MemoryKind::Other, "test").unwrap();
+        let mut step = |memory: &mut StepMemory, layers: &mut Layers, logits_len: usize| {
+            let number = |at: usize| numbers.slice(at..=at).unwrap();
+            let places = Places { positions: number(1), row_tables: number(2), page_tables: number(3) };
+            let ends = StepEnds {
+                embedding: embedding.as_slice(),
+                norm: Norm { gain: final_gain.as_slice(), eps: 1e-6 },
+                head: &head,
+                rope_table: rope.as_slice(),
+            };
+            let outcome = decode_step(
+                &device,
+                memory,
+                &number(0),
+                places,
+                ends,
+                layers.steps(),
+                &mut logits.slice_mut(..logits_len).unwrap(),
+                &mut best.as_slice_mut(),
+                &mut chosen.as_slice_mut(),
+            );
+            outcome.unwrap_err().to_string()
+        };
+        let mut none = Layers::new(&device, 0);
+        let mut layers = Layers::new(&device, 2);
+        let [mut for_none, mut for_two] = [0, 2].map(|count| memory(&device, count));
+        let refused = step(&mut for_none, &mut none, 20);
+        assert!(refused.contains("without layers"), "{refused}");
+        let refused = step(&mut for_two, &mut layers, 20);
+        assert!(refused.contains("not supported on this device"), "{refused}");
+        // As if it were.
+        for_two.fits = true;
+        let refused = step(&mut for_two, &mut none, 20);
+        assert!(refused.contains("0 layers, with memory for 2"), "{refused}");
+        let refused = step(&mut for_two, &mut layers, 19);
+        assert!(refused.contains("buffers of other sizes"), "{refused}");
+        assert!(device.is_healthy());
+        let fault = step(&mut for_two, &mut layers, 20);
+        assert!(fault.contains("decode_step_32"), "{fault}");
     }
 
     #[test]
