@@ -131,6 +131,7 @@ impl Workspace {
             head_normed,
             best,
             chosen,
+            step_memory,
             // Uploaded for each step, or left as they were found, or no values.
             limits: _,
             vocab: _,
@@ -138,10 +139,10 @@ impl Workspace {
             indices: _,
             staging: _,
             recordings: _,
-            step_memory: _,
             counters: _,
         } = self;
         arena.poison(device)?;
+        step_memory.poison(device)?;
         for buffer in [residual, qkv, head_rows] {
             let poison = vec![f32::NAN; buffer.len()];
             device.upload(buffer, &poison)?;
@@ -187,5 +188,40 @@ impl Workspace {
     /// As for `logits`.
     pub fn logits_and_spare(&mut self, rows: usize) -> Result<Logits<'_>, DeviceError> {
         self.arena.logits(rows * self.vocab)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::CpuOptions;
+    use crate::model::test_folder::TestFolder;
+
+    #[test]
+    fn poison_is_in_every_value() {
+        let device = Device::cpu(CpuOptions::default()).unwrap();
+        let model = Model::load(&device, TestFolder::qwen2().write().path(), None, &mut |_, _| {}).unwrap();
+        let limits = StepLimits { rows: 3, decode_rows: 2, logits_rows: 2, table_entries: 4 };
+        let mut workspace = model.workspace(limits).unwrap();
+        for zeros in [&mut workspace.residual, &mut workspace.qkv, &mut workspace.head_rows] {
+            device.fill_zero(zeros).unwrap();
+        }
+        for zeros in [&mut workspace.normed, &mut workspace.attended, &mut workspace.head_normed] {
+            device.fill_zero(zeros).unwrap();
+        }
+        device.fill_zero(&mut workspace.best).unwrap();
+        device.fill_zero(&mut workspace.chosen).unwrap();
+        workspace.poison(&device).unwrap();
+        for floats in [&workspace.residual, &workspace.qkv, &workspace.head_rows] {
+            assert!(device.download(floats).unwrap().iter().all(|value| value.is_nan()));
+        }
+        for halves in [&workspace.normed, &workspace.attended, &workspace.head_normed] {
+            assert!(device.download(halves).unwrap().iter().all(|value| value.is_nan()));
+        }
+        assert!(device.download(workspace.logits(2).unwrap()).unwrap().iter().all(|value| value.is_nan()));
+        for words in [workspace.best.as_slice(), workspace.step_memory.words()] {
+            assert!(device.download(words).unwrap().iter().all(|&word| word == u64::MAX));
+        }
+        assert_eq!(device.download(&workspace.chosen).unwrap(), [u32::MAX; 2]);
     }
 }

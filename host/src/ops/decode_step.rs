@@ -103,6 +103,21 @@ impl StepMemory {
         })
     }
 
+    /// Overwrites every word with `u64::MAX`: a value that is NaN, and a tag that no step has. For tests: whoever takes a word that
+    /// this step has not written shows it.
+    ///
+    /// # Errors
+    /// The device's error.
+    pub(crate) fn poison(&mut self, device: &Device) -> Result<(), DeviceError> {
+        let poison = vec![u64::MAX; self.words.len()];
+        device.upload(&mut self.words, &poison)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn words(&self) -> Slice<'_, u64> {
+        self.words.as_slice()
+    }
+
     /// Puts the layers' addresses into the table on the device, where they are not there yet. Returns how many elements the keys of
     /// a layer's pages have, and its values.
     fn place<'a>(
@@ -150,7 +165,7 @@ impl StepMemory {
         Ok(page_elements.unwrap_or(0))
     }
 
-    /// The first of `count` tags that are on no word.
+    /// The first of `count` tags that are on no word. All of them are below `u32::MAX`, which is [`poison`](Self::poison)'s.
     fn tags(&mut self, device: &Device, count: u32) -> Result<u32, DeviceError> {
         if self.tag.checked_add(count).is_none() {
             device.fill_zero(&mut self.words)?;
@@ -524,6 +539,24 @@ mod tests {
     fn older_images_have_no_bulk_copies_on_any_gpu() {
         assert_eq!(["sm_90a", "sm_100"].map(has_bulk_copies), [true; 2]);
         assert_eq!(["sm_80", "sm_", "", "90"].map(has_bulk_copies), [false; 4]);
+    }
+
+    #[test]
+    fn no_step_has_the_tag_of_poison() {
+        let device = Device::cpu(CpuOptions::default()).unwrap();
+        let mut memory = memory(&device, 3);
+        memory.poison(&device).unwrap();
+        assert!(device.download(&memory.words).unwrap().iter().all(|&word| word == u64::MAX));
+        for next in u32::MAX - 10..=u32::MAX {
+            for count in 1..10 {
+                memory.tag = next;
+                let first = memory.tags(&device, count).unwrap();
+                assert!(first > 0 && (first == next || first == 1), "{count} tags from {next} on: {first}");
+                assert!(first.checked_add(count - 1).unwrap() < u32::MAX, "{count} tags from {next} on: {first}");
+            }
+        }
+        memory.tag = u32::MAX - 4;
+        assert_eq!(memory.tags(&device, 4).unwrap(), u32::MAX - 4, "as late as can be");
     }
 
     #[test]
