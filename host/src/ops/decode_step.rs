@@ -20,7 +20,8 @@ const NAME: &str = "decode_step";
 const AHEAD: u32 = 2;
 
 /// Clock cycles that a multiprocessor waits for each KiB of a layer's weights, so that memory is not always busy when blocks hand
-/// values to each other. Measured on an H100 (0.5 billion parameters): 0 gives 1,398 tokens/s, 140 1,472, 170 1,490, 205 1,392.
+/// values to each other. Measured on an H100 (0.5 billion parameters): 0 gives 1,398 tokens/s, 140 1,472, 170 1,490, 205 1,392
+/// (`benches/results/2026-11-23-h100-one-kernel.md`).
 const PACE: u32 = 170;
 
 /// A layer of the model, and its pages.
