@@ -10,6 +10,7 @@
 //! | `positions` | rotary embedding, the pages of the KV cache; both in one kernel |
 //! | `attention` | prefill and decode |
 //! | `linear`, `few`, `tiles` | linear layers; their fused forms, of few tokens and of many |
+//! | `decode_step` | a whole step of one token in one kernel |
 //! | `prefill` | the layers of a prefill: how long, and the same bits in parts |
 //! | `logits`, `sample` | from logits to a token |
 //! | `ptx` | the kernel images against the table of kernels |
@@ -20,6 +21,7 @@
 mod attention;
 mod bits;
 mod compare;
+mod decode_step;
 mod elementwise;
 mod few;
 mod linear;
@@ -101,6 +103,7 @@ on_every_device! {
     few_gate_up: crate::few::gate_up;
     few_residual: crate::few::residual;
     few_logits: crate::few::logits;
+    decode_step: crate::decode_step::steps;
     tile_qkv: crate::tiles::qkv;
     tile_parts: crate::tiles::parts;
     tile_gate_up: crate::tiles::gate_up;
