@@ -216,6 +216,10 @@ fn between_layers(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, row
         ops::gather_rows(device, &x.as_slice(), &list.as_slice(), &mut out.as_slice_mut(), hidden)
     });
     rig.bytes("gather_rows", rows, rows * (hidden * (4 + 4) + 4), run);
+
+    let (ids, mut out) = (inputs.below(rows, rows), inputs.below(rows, rows));
+    let run: Run = Box::new(move |device| device.copy(ids.as_slice(), &mut out));
+    rig.bytes("copy_words", rows, rows * (4 + 4), run);
 }
 
 fn linear_layers(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, rows: usize) {

@@ -14,6 +14,7 @@
 //! | `attention` | the definition; `attention_prefill`, `attention_decode` and `attention_decode_short` meet it |
 //! | `residual_add`, `silu_mul` | around the feed-forward layers |
 //! | `gather_rows` | the rows whose logits are needed |
+//! | `copy_words` | few words: a step's indices, chosen tokens |
 //! | `penalties`, `argmax`, `sample`, `log_probs` | from logits to a token (`rank`, `distance`, `row_parameters`, `philox`, `quads`: their parts) |
 //! | `candidates`, `masses`, `choose` | `sample`, fast on a GPU |
 //! | `few` | what the linear layers of few tokens share; each is fused with its neighbours in `few_qkv`, `few_residual`, `few_gate_up`, `few_logits` |
@@ -35,6 +36,7 @@ pub mod attention_prefill;
 pub mod bias_add;
 pub mod candidates;
 pub mod choose;
+pub mod copy_words;
 pub mod decode_step;
 pub mod differing;
 pub mod distance;
@@ -105,6 +107,7 @@ pub const KERNELS: &[&cuda_std::launch::KernelDesc] = &[
     few_residual::few_residual_1::KERNEL,
     few_residual::few_residual_2::KERNEL,
     few_residual::few_residual_4::KERNEL,
+    copy_words::copy_words::KERNEL,
     gather_rows::gather_rows::KERNEL,
     kv_write::kv_write::KERNEL,
     linear::linear_bf16::KERNEL,

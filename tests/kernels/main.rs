@@ -81,8 +81,10 @@ macro_rules! on_every_device {
 on_every_device! {
     with canary: [
     embedding: crate::rows::embedding;
+    copy_words: crate::rows::copy_words;
     gather_rows: crate::rows::gather_rows;
     rms_norm: crate::rows::rms_norm;
+    early_reads_see_uploads: crate::rows::early_reads_see_uploads;
     residual_norm: crate::rows::residual_norm;
     bias_add: crate::elementwise::bias_add;
     residual_add: crate::elementwise::residual_add;

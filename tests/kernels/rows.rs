@@ -1,8 +1,10 @@
 //! Embedding, gathering, normalisation.
 
+use cuda_std::launch::Grid;
 use half::bf16;
 use host::ops;
 use host::testing::TestRng;
+use kernels_gpu::copy_words;
 
 use crate::compare::{assert_rounded, assert_same};
 use crate::elementwise::{in_order, rounding};
@@ -21,6 +23,18 @@ pub(crate) fn embedding(rig: &mut Rig) {
         let expected: Vec<f32> =
             ids.iter().flat_map(|&id| &table[id as usize * width..][..width]).map(|value| value.to_f32()).collect();
         assert_same(&rig.read("embedding", &out), &expected, "embedding");
+    }
+}
+
+pub(crate) fn copy_words(rig: &mut Rig) {
+    for &count in rig.pick(&[1, 256, 257][..], &[1, 31, 256, 257, 1000, 16_384]) {
+        let from: Vec<u32> = TestRng::new(9).f32s(count).into_iter().map(f32::to_bits).collect();
+        let buffer = rig.filled(&from);
+        let mut to = rig.unwritten::<u32>(count);
+        let blocks = count.div_ceil(copy_words::THREADS as usize) as u32;
+        let mut view = to.view_mut();
+        rig.device.launch(copy_words::copy_words::launch(&buffer.view(), &mut view), Grid::new_1d(blocks)).unwrap();
+        assert_same(&rig.read("copy_words", &to), &from, "copy_words");
     }
 }
 
@@ -70,6 +84,34 @@ pub(crate) fn rms_norm(rig: &mut Rig) {
 }
 
 /// Bit by bit what the two operations give, and sums in the order of the parts.
+/// A kernel that reads a weight before it waits for the work ahead sees an upload just ahead of it.
+pub(crate) fn early_reads_see_uploads(rig: &mut Rig) {
+    let (rows, width) = rig.pick((2, 64), (64, 896));
+    let mut rng = TestRng::new(12);
+    let (x, device) = (rig.filled(&rng.f32s(rows * width)), rig.device.clone());
+    let gains: Vec<Vec<bf16>> = (0..16).map(|_| rng.bf16s(width)).collect();
+    let apart: Vec<Vec<bf16>> = gains
+        .iter()
+        .map(|gain| {
+            let (gain, mut out) = (rig.filled(gain), rig.unwritten::<bf16>(rows * width));
+            device.synchronize().unwrap();
+            ops::rms_norm(&device, &x.view(), &gain.view(), &mut out.view_mut(), 1e-6).unwrap();
+            rig.download(&out)
+        })
+        .collect();
+    let mut gain = rig.filled(&gains[0]);
+    let mut outs: Vec<_> = gains.iter().map(|_| rig.unwritten::<bf16>(rows * width)).collect();
+    device.synchronize().unwrap();
+    // Nothing is waited for in between.
+    for (value, out) in gains.iter().zip(&mut outs) {
+        device.upload(gain.view_mut(), value).unwrap();
+        ops::rms_norm(&device, &x.view(), &gain.view(), &mut out.view_mut(), 1e-6).unwrap();
+    }
+    for (out, expected) in outs.iter().zip(&apart) {
+        assert_same(&rig.read("rms_norm", out), expected, "an upload just ahead");
+    }
+}
+
 pub(crate) fn residual_norm(rig: &mut Rig) {
     let full = [(1, 8), (3, 64), (33, 896), (2, 1024), (5, 1032), (2, 2048), (3, 2056), (2, 4096), (1, 5000)];
     for &(rows, width) in rig.pick(&[(1, 8), (3, 64), (2, 2056)][..], &full) {

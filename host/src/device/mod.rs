@@ -335,7 +335,21 @@ impl Device {
     /// out here on the CPU, and out of a later call on CUDA.
     #[expect(clippy::needless_pass_by_value, reason = "a launch is used once")]
     pub fn launch(&self, launch: Launch<'_>, grid: Grid) -> Result<(), DeviceError> {
-        check_arguments(&launch)?;
+        self.launch_kernel(&launch, grid, false)
+    }
+
+    /// [`launch`](Self::launch) of a kernel that may start before uploads and copies just ahead of it have ended, because it waits
+    /// before it reads anything that they write.
+    ///
+    /// # Errors
+    /// As for `launch`.
+    #[expect(clippy::needless_pass_by_value, reason = "a launch is used once")]
+    pub fn launch_behind_copies(&self, launch: Launch<'_>, grid: Grid) -> Result<(), DeviceError> {
+        self.launch_kernel(&launch, grid, true)
+    }
+
+    fn launch_kernel(&self, launch: &Launch<'_>, grid: Grid, behind_copies: bool) -> Result<(), DeviceError> {
+        check_arguments(launch)?;
         if grid.blocks.contains(&0) {
             return Err(DeviceError::InvalidParameter(format!(
                 "{}: the grid {:?} has a 0; launch nothing instead",
@@ -343,7 +357,7 @@ impl Device {
                 grid.blocks
             )));
         }
-        on_device!(self, device => device.launch(&launch, grid))
+        on_device!(self, device => device.launch(launch, grid, behind_copies))
     }
 
     /// Takes a weight, `[n, k]` row-major, into the form that this device computes with. On CUDA that is the buffer

@@ -212,7 +212,7 @@ impl Cpu {
         Ok(())
     }
 
-    pub(super) fn launch(&self, launch: &Launch<'_>, grid: Grid) -> Result<(), DeviceError> {
+    pub(super) fn launch(&self, launch: &Launch<'_>, grid: Grid, _behind_copies: bool) -> Result<(), DeviceError> {
         self.healthy()?;
         self.check_memory(launch)?;
         self.executor.run(launch, grid).map_err(|fault| self.fail(DeviceError::KernelLaunchFailed(fault.to_string())))

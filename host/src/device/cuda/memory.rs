@@ -3,10 +3,13 @@
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use cuda_std::launch::{BufferArg, Grid, ReadBuffer, WriteBuffer};
 use cudarc::driver::sys::{self, CUmemorytype_enum, CUpointer_attribute_enum as PointerAttribute, CUresult};
+use kernels_gpu::copy_words;
 
 use super::context::Context;
 use super::events::Event;
+use super::module::Module;
 use crate::device::buffer::DeviceId;
 use crate::device::cpu::Fill;
 use crate::device::{DeviceError, MemoryKind, MemoryRecord};
@@ -92,11 +95,70 @@ pub(super) unsafe fn fill(context: &Context, address: u64, bytes: usize, byte: u
 ///
 /// # Safety
 /// Both ranges are live memory of the device, they do not overlap, and nobody else uses the destination.
-pub(super) unsafe fn copy(context: &Context, source: u64, destination: u64, bytes: usize) -> Result<(), DeviceError> {
+pub(super) unsafe fn copy(
+    context: &Context,
+    module: &Module,
+    source: u64,
+    destination: u64,
+    bytes: usize,
+) -> Result<(), DeviceError> {
     context.enter()?;
+    // SAFETY: this function's contract.
+    if unsafe { copy_by_kernel(module, source, destination, bytes)? } {
+        return Ok(());
+    }
     // SAFETY: this function's contract.
     let result = unsafe { sys::cuMemcpyDtoDAsync_v2(destination, source, bytes, context.stream()) };
     context.check(result, DeviceError::InferenceFailed, "a copy on the device failed")
+}
+
+/// Copies of at most this many bytes are a kernel's, where the device has it: between kernels each of the driver's copies takes
+/// some four microseconds, in which the device does nothing else.
+const KERNEL_BYTES: usize = 64 * 1024;
+
+/// Words as an argument of a launch.
+struct Words {
+    address: u64,
+    count: usize,
+}
+
+impl Words {
+    fn arg(&self) -> BufferArg {
+        BufferArg { address: self.address, length: self.count as u64, shadow: std::ptr::null(), shadow_offset: 0 }
+    }
+}
+
+// SAFETY: whoever makes one vouches for its memory, in `copy_by_kernel`.
+unsafe impl ReadBuffer<u32> for Words {
+    fn read_arg(&self) -> BufferArg {
+        self.arg()
+    }
+}
+
+// SAFETY: as above.
+unsafe impl WriteBuffer<u32> for Words {
+    fn write_arg(&mut self) -> BufferArg {
+        self.arg()
+    }
+}
+
+/// Copies few whole words between places that the device reaches: its own memory, or the staging's pinned memory, which has the same
+/// address there. False where it does not: then the driver has to copy.
+///
+/// # Safety
+/// Both ranges are such memory, do not overlap, and stay so until the stream has passed this point; nobody else uses the destination
+/// until then.
+unsafe fn copy_by_kernel(module: &Module, source: u64, destination: u64, bytes: usize) -> Result<bool, DeviceError> {
+    let whole = |value: u64| value.is_multiple_of(4);
+    let suits = bytes <= KERNEL_BYTES && whole(bytes as u64) && whole(source) && whole(destination);
+    if !suits || !module.has(copy_words::copy_words::KERNEL) {
+        return Ok(false);
+    }
+    let count = bytes / 4;
+    let (from, mut to) = (Words { address: source, count }, Words { address: destination, count });
+    let blocks = count.div_ceil(copy_words::THREADS as usize) as u32;
+    module.launch_copy(&copy_words::copy_words::launch(&from, &mut to), Grid::new_1d(blocks))?;
+    Ok(true)
 }
 
 /// True when the address is plain memory of this device: not the host's, not managed.
@@ -147,7 +209,7 @@ pub(super) fn verify_residency(context: &Context) -> Result<(), DeviceError> {
 }
 
 /// Four small pinned buffers. Small uploads return without waiting for the device; small downloads skip the driver's
-/// own staging. Larger copies, such as weights, go directly and wait.
+/// own staging; the smallest of both are copied by a kernel. Larger copies, such as weights, go directly and wait.
 pub(super) struct Staging {
     up: Mutex<Ring>,
     down: Mutex<Pinned>,
@@ -227,6 +289,7 @@ impl Staging {
     pub(super) unsafe fn begin_download(
         &self,
         context: &Context,
+        module: &Module,
         source: u64,
         bytes: usize,
     ) -> Result<u64, DeviceError> {
@@ -240,8 +303,11 @@ impl Staging {
         let (pinned, event) = &mut later.turns[number as usize % LATER];
         // SAFETY: the buffer has `LATER_BYTES` bytes, is read under the lock only, and an earlier copy into it is done
         // before this one by the order of the stream.
-        let result = unsafe { sys::cuMemcpyDtoHAsync_v2(pinned.pointer.cast(), source, bytes, context.stream()) };
-        context.check(result, DeviceError::InferenceFailed, "a download failed")?;
+        if !unsafe { copy_by_kernel(module, source, pinned.pointer as u64, bytes)? } {
+            // SAFETY: as above.
+            let result = unsafe { sys::cuMemcpyDtoHAsync_v2(pinned.pointer.cast(), source, bytes, context.stream()) };
+            context.check(result, DeviceError::InferenceFailed, "a download failed")?;
+        }
         event.record()?;
         Ok(number)
     }
@@ -263,7 +329,13 @@ impl Staging {
     ///
     /// # Safety
     /// The destination is live memory of the device for as many bytes, which nobody else uses.
-    pub(super) unsafe fn upload(&self, context: &Context, destination: u64, source: &[u8]) -> Result<(), DeviceError> {
+    pub(super) unsafe fn upload(
+        &self,
+        context: &Context,
+        module: &Module,
+        destination: u64,
+        source: &[u8],
+    ) -> Result<(), DeviceError> {
         const FAULT: &str = "an upload failed";
         context.enter()?;
         if source.len() > STAGED_BYTES {
@@ -284,12 +356,18 @@ impl Staging {
         }
         let offset = ring.used;
         ring.used += source.len().next_multiple_of(64);
-        // SAFETY: the bytes from `offset` on are inside the ring and no copy reads them; the destination by contract.
-        let result = unsafe {
+        // SAFETY: the bytes from `offset` on are inside the ring and no copy reads them.
+        let staged = unsafe {
             let staged = ring.pinned.pointer.add(offset);
             staged.copy_from_nonoverlapping(source.as_ptr(), source.len());
-            sys::cuMemcpyHtoDAsync_v2(destination, staged.cast(), source.len(), context.stream())
+            staged
         };
+        // SAFETY: the staged bytes stay until the stream has passed this point (above); the destination by contract.
+        if unsafe { copy_by_kernel(module, staged as u64, destination, source.len())? } {
+            return Ok(());
+        }
+        // SAFETY: as above.
+        let result = unsafe { sys::cuMemcpyHtoDAsync_v2(destination, staged.cast(), source.len(), context.stream()) };
         context.check(result, DeviceError::InferenceFailed, FAULT)
     }
 

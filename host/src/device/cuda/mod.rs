@@ -139,7 +139,7 @@ impl Cuda {
         // SAFETY: the view lies in live memory of this device and borrows it exclusively; elements have no padding.
         unsafe {
             let bytes = std::slice::from_raw_parts(source.as_ptr().cast::<u8>(), size_of_val(source));
-            self.staging.upload(&self.context, destination.address(), bytes)
+            self.staging.upload(&self.context, &self.module, destination.address(), bytes)
         }
     }
 
@@ -154,7 +154,10 @@ impl Cuda {
 
     pub(super) fn begin_download<T: Element>(&self, source: Slice<'_, T>) -> Result<u64, DeviceError> {
         // SAFETY: the view lies in live memory of this device, and freeing it waits for the stream.
-        unsafe { self.staging.begin_download(&self.context, source.address(), source.len() * size_of::<T>()) }
+        unsafe {
+            let bytes = source.len() * size_of::<T>();
+            self.staging.begin_download(&self.context, &self.module, source.address(), bytes)
+        }
     }
 
     pub(super) fn collect_download<T: Element>(&self, number: u64, destination: &mut [T]) -> Result<(), DeviceError> {
@@ -172,7 +175,10 @@ impl Cuda {
     ) -> Result<(), DeviceError> {
         // SAFETY: both views lie in live memory of this device, and the destination is borrowed exclusively, so they
         // do not overlap.
-        unsafe { memory::copy(&self.context, source.address(), destination.address(), source.len() * size_of::<T>()) }
+        unsafe {
+            let bytes = source.len() * size_of::<T>();
+            memory::copy(&self.context, &self.module, source.address(), destination.address(), bytes)
+        }
     }
 
     pub(super) fn fill_zero<T: Element>(&self, destination: &mut SliceMut<'_, T>) -> Result<(), DeviceError> {
@@ -180,8 +186,8 @@ impl Cuda {
         unsafe { memory::fill(&self.context, destination.address(), destination.len() * size_of::<T>(), 0) }
     }
 
-    pub(super) fn launch(&self, launch: &Launch<'_>, grid: Grid) -> Result<(), DeviceError> {
-        self.module.launch(launch, grid)
+    pub(super) fn launch(&self, launch: &Launch<'_>, grid: Grid, behind_copies: bool) -> Result<(), DeviceError> {
+        self.module.launch(launch, grid, behind_copies)
     }
 
     /// What `work` launches, without running it. `None` where the driver cannot record it.

@@ -17,6 +17,8 @@ pub(super) struct Module {
     module: sys::CUmodule,
     image: String,
     functions: HashMap<&'static str, Function>,
+    /// Whether a kernel has copied something since the last launch of another.
+    copied: AtomicBool,
     context: Arc<Context>,
     /// The kernels by their numbers in the timeline.
     #[cfg(feature = "timeline")]
@@ -85,6 +87,7 @@ impl Module {
             module,
             image: image.name(),
             functions: HashMap::new(),
+            copied: AtomicBool::new(false),
             context: Arc::clone(context),
             #[cfg(feature = "timeline")]
             names,
@@ -139,7 +142,22 @@ impl Module {
         &self.image
     }
 
-    pub(super) fn launch(&self, launch: &Launch<'_>, grid: Grid) -> Result<(), DeviceError> {
+    /// Whether the device was opened with this kernel.
+    pub(super) fn has(&self, kernel: &KernelDesc) -> bool {
+        self.functions.contains_key(kernel.name)
+    }
+
+    /// Launches a kernel that copies for the host. What comes behind it does not overlap with it, unless it says that it can: a kernel
+    /// reads early what only uploads have written.
+    pub(super) fn launch_copy(&self, launch: &Launch<'_>, grid: Grid) -> Result<(), DeviceError> {
+        self.launch(launch, grid, true)?;
+        self.copied.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Launches a kernel. `behind_copies`: it reads nothing early that a copy just ahead of it may write.
+    pub(super) fn launch(&self, launch: &Launch<'_>, grid: Grid, behind_copies: bool) -> Result<(), DeviceError> {
+        let overlaps = behind_copies | !self.copied.swap(false, Ordering::Relaxed);
         let kernel = launch.kernel();
         let function = self.functions.get(kernel.name).ok_or_else(|| {
             DeviceError::KernelLaunchFailed(format!("{} is not in the table the device was opened with", kernel.name))
@@ -191,7 +209,7 @@ impl Module {
             sharedMemBytes: grid.dynamic_shared_bytes,
             hStream: self.context.stream(),
             attrs: &raw mut overlap,
-            numAttrs: u32::from(function.overlaps),
+            numAttrs: u32::from(function.overlaps && overlaps),
         };
         // SAFETY: the pointers are as many as the entry has parameters, of the sizes that `check` compared at load and
         // `check_arguments` at this call; the driver copies them, and the configuration, before it returns; the buffers
