@@ -10,7 +10,7 @@
 //! the spans of [`crate::attention`], the same arithmetic and rounding around them.
 //!
 //! Phases of a layer (a group is the outputs that a block computes together; groups go round the blocks, phase after phase, so
-//! that all stream the same amount):
+//! that all stream the same amount; but where few blocks attend, they do nothing else):
 //!
 //! | phase | group | from | to |
 //! | --- | --- | --- | --- |
@@ -19,6 +19,10 @@
 //! | output | 8 outputs | attended values | residual stream |
 //! | gate and up | 8 gates and their ups | residual stream | gated values |
 //! | down | 8 outputs | gated values | residual stream |
+//!
+//! A line of the second-level cache answers one reader after the other, and a hundred blocks ask for the same words again and again.
+//! So there are four replicas of them, each for a quarter of the blocks, a word is asked for by one thread of a block, and who comes
+//! a phase early asks for one word only.
 //!
 //! A word is overwritten a layer later. By then nobody reads it: what is written depends on values of every block that
 //! read it, since each phase needs all values of the phase before.
@@ -44,7 +48,7 @@ use self::chain::Chain;
 use self::inputs::bring_inputs;
 use self::lookup::{Phase, Share, deal};
 use self::outputs::{Epilogue, put_best, put_gated, put_qkv};
-use self::plan::{Cut, Linear};
+use self::plan::{ATTENTION, Cut, Linear, REPLICAS};
 use self::stream::stream;
 use crate::attention_decode::MAX_RATIO;
 use crate::attention_decode_short::warps;
@@ -111,7 +115,7 @@ impl<'a> Step<'a> {
     /// The block's groups in a phase.
     #[inline(always)]
     fn share(&self, layer: u32, phase: u32) -> Share {
-        Share::read(self.memory, layer, phase)
+        Share::read(self.memory, self.shape, layer, phase)
     }
 
     /// The token's position, its page table, and the page that it is in.
@@ -177,7 +181,8 @@ fn run<const STEPS: usize, const TILES: usize, const COPIES: usize, const ITEMS:
     ahead: u32,
     pace: u32,
 ) {
-    thread::wait_for_predecessors();
+    thread::allow_successor();
+    // What is old is made ready before the wait.
     let front = step.shape.front(step.layers);
     let memory = step.memory;
     deal(step.shape, step.layers, memory);
@@ -188,17 +193,19 @@ fn run<const STEPS: usize, const TILES: usize, const COPIES: usize, const ITEMS:
         memory.part::<u64>(at, 1).set(0, layers.get(entry));
         entry += thread::block_dim_x() as usize;
     }
+    let ring = Ring::new(memory, front.ring, shared_bytes - front.ring);
+    thread::wait_for_predecessors();
+    if thread::warp_id() == WARPS {
+        stream(&step, ring, ahead, pace);
+        return;
+    }
     if thread::thread_idx_x() == 0 {
         let (position, table) = (positions.get(0), row_tables.get(0));
         let page = step.page_tables.get(table as usize + position as usize / PAGE);
         memory.part::<u32>(map::TOKEN, 4).store(0, [position, table, page, 0]);
     }
-    let ring = Ring::new(memory, front.ring, shared_bytes - front.ring);
-    if thread::warp_id() == WARPS {
-        stream(&step, ring, ahead, pace);
-        return;
-    }
     embed(&step);
+    sync();
     let layers = step.layers;
     let mut unit = 0u32;
     // Whether the block took part in the linear layer before this one, and in attention where that stands between the two.
@@ -209,7 +216,7 @@ fn run<const STEPS: usize, const TILES: usize, const COPIES: usize, const ITEMS:
     loop {
         let (step, ring) = (step.anew(), ring.anew());
         if linear == Linear::Output {
-            let share = step.share(layer, 1);
+            let share = step.share(layer, ATTENTION);
             for turn in 0..share.count {
                 if thread::thread_idx_x_anew() < AT_ONCE as u32 * 32 {
                     let group = share.group(turn);
@@ -240,8 +247,8 @@ fn run<const STEPS: usize, const TILES: usize, const COPIES: usize, const ITEMS:
             let (has, segment) = (warp < at_once && turn < units, turn & ((1 << phase.halvings) - 1));
             let group = share.group(turn >> phase.halvings);
             let mut epilogue = Epilogue::EMPTY;
-            if has && segment == 0 && t == 0 {
-                epilogue = Epilogue::read(&step, linear, layer, group, g, busy);
+            if has && segment == 0 && (t == 0 || linear != Linear::Qkv) {
+                epilogue = Epilogue::read(&step, linear, phase, layer, group, g, busy);
             }
             if first == 0 {
                 // Inputs of this place are those of every other phase. The barrier of the one between, if the block was in it,
@@ -282,7 +289,7 @@ fn run<const STEPS: usize, const TILES: usize, const COPIES: usize, const ITEMS:
                 continue;
             }
             match linear {
-                Linear::GateUp => put_gated(&step, phase.to, tag, group, sums),
+                Linear::GateUp => put_gated(&step, phase, tag, group, sums),
                 Linear::Qkv if t == 0 => put_qkv(&step, layer, group, g, sums, epilogue),
                 Linear::Head if t == 0 => {
                     for half in 0..2 {
@@ -298,10 +305,11 @@ fn run<const STEPS: usize, const TILES: usize, const COPIES: usize, const ITEMS:
                         }
                     }
                 }
-                Linear::Output | Linear::Down if t == 0 => {
+                Linear::Output | Linear::Down => {
                     let value = epilogue.residual + sums[0];
-                    // SAFETY: a word of the residual stream.
-                    unsafe { step.words.store(phase.to + group * 8 + g, value.to_bits(), tag) };
+                    let word = phase.to + group * 8 + g;
+                    // SAFETY: a word of the residual stream in the lane's replica.
+                    unsafe { step.words.store(word + t * phase.replica, value.to_bits(), tag) };
                 }
                 _ => {}
             }
@@ -320,7 +328,8 @@ fn run<const STEPS: usize, const TILES: usize, const COPIES: usize, const ITEMS:
 #[inline(always)]
 fn embed(step: &Step<'_>) {
     let shape = step.shape;
-    let start = shape.words().after_down;
+    let words = shape.words();
+    let start = words.after_down;
     let id = step.ids.get(0);
     let mut place = thread::block_idx_x() * THREADS + thread::thread_idx_x();
     while place < shape.hidden {
@@ -329,8 +338,10 @@ fn embed(step: &Step<'_>) {
         if id != u32::MAX {
             value = bf16_to_f32(step.embedding.get(id as usize * shape.hidden as usize + place as usize));
         }
-        // SAFETY: a word of the residual stream.
-        unsafe { step.words.store(start + place, value.to_bits(), step.tag) };
+        for replica in 0..REPLICAS {
+            // SAFETY: a word of a replica of the residual stream.
+            unsafe { step.words.store(start + replica * words.replica + place, value.to_bits(), step.tag) };
+        }
         place += thread::grid_dim_x() * THREADS;
     }
 }

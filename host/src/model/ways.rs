@@ -103,10 +103,10 @@ impl Plan {
 /// Numbers of rows for which a [`Plan`] is chosen; each stands for those above the one before.
 pub(super) const RUNGS: [usize; 9] = [1, 2, 4, FEW, 16, 32, 64, 128, 256];
 
-/// Most spans of a context for which a step is one kernel: as many as attention has at once in it. With more, this is what was
-/// measured on an H100: in contexts of 512 tokens one kernel makes 1,184 tokens/s and fused layers 1,253; in contexts of 256 to 384
-/// tokens one kernel makes 1,280, and fused layers were not measured (`benches/results/2026-11-23-h100-one-kernel.md`).
-const WHOLE_SPANS: usize = 4;
+/// Most spans of a context for which a step is one kernel: four turns of those that attention has at once in it. On an H100 one
+/// kernel makes 1,325 tokens/s in contexts of 769 tokens and fused layers 1,247; in contexts of 1,025 it is 1,205 and 1,283
+/// (`benches/results/2026-11-23-h100-replicas.md`).
+const WHOLE_SPANS: usize = 16;
 
 /// How a model computes decode steps.
 #[derive(Debug)]

@@ -20,9 +20,9 @@ const NAME: &str = "decode_step";
 const AHEAD: u32 = 2;
 
 /// Clock cycles that a multiprocessor waits for each KiB of a layer's weights, so that memory is not always busy when blocks hand
-/// values to each other. Measured on an H100 (0.5 billion parameters): 0 gives 1,398 tokens/s, 140 1,472, 170 1,490, 205 1,392
-/// (`benches/results/2026-11-23-h100-one-kernel.md`).
-const PACE: u32 = 170;
+/// values to each other. Measured on an H100 (0.5 billion parameters): 0 gives 1,766 tokens/s, 80 1,800, 100 1,846, 120 1,840,
+/// 140 1,778, 170 1,539 (`benches/results/2026-11-23-h100-replicas.md`).
+const PACE: u32 = 105;
 
 /// A layer of the model, and its pages.
 #[derive(Debug)]
@@ -161,6 +161,8 @@ impl StepMemory {
         expect(given == count, NAME, || format!("{given} layers, with memory for {count}"))?;
         if !self.uploaded {
             device.upload(&mut self.table, self.layers.as_flattened())?;
+            // The kernel reads it before it waits for the work ahead.
+            device.synchronize()?;
             self.uploaded = true;
         }
         Ok(page_elements.unwrap_or(0))
@@ -205,10 +207,14 @@ pub fn decode_step_fits(device: &Device, heads: HeadShape, hidden: usize, ffn: u
     shape(heads, hidden, ffn).is_ok_and(|shape| fits(device, heads, shape, layers))
 }
 
+/// Shared memory of a block: all but what the kernel behind needs, which is to stand ready when the last block ends.
+fn shared_bytes(device: &Device) -> usize {
+    device.shared_bytes_per_block().saturating_sub(2048)
+}
+
 /// Whether the kernel is for this device and this model.
 fn fits(device: &Device, heads: HeadShape, shape: Shape, layers: usize) -> bool {
-    device.kernel_image().is_some_and(has_bulk_copies)
-        && shape_fits(device.shared_bytes_per_block(), heads, shape, layers)
+    device.kernel_image().is_some_and(has_bulk_copies) && shape_fits(shared_bytes(device), heads, shape, layers)
 }
 
 /// Whether the kernel takes a model's shapes with so much shared memory.
@@ -272,14 +278,15 @@ pub fn decode_step<'a>(
     expect(shaped, NAME, || format!("one token of width {hidden}, {vocab} tokens: buffers of other sizes"))?;
     let page_elements = memory.place(device, layers)?;
     let tag = memory.tags(device, size(NAME, count + 1)?)?;
-    let shared = size(NAME, device.shared_bytes_per_block())?;
+    let shared = size(NAME, shared_bytes(device))?;
     const { assert!(AHEAD < UNITS) };
     let kernel = match heads.width {
         32 => decode_step_32::launch,
         _ => decode_step_64::launch,
     };
     let mut block_best = best.slice_mut(..blocks)?;
-    device.launch(
+    // It waits before it reads indices; its table's upload has been waited for.
+    device.launch_behind_copies(
         kernel(
             id,
             &ends.embedding,

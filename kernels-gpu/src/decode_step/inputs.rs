@@ -3,7 +3,7 @@
 use cuda_std::prelude::*;
 
 use super::lookup::Phase;
-use super::{Step, THREADS, lane_and_warp, map};
+use super::{Step, THREADS, lane_and_warp, map, sync};
 use crate::rms_norm::REDUCTION_LANES;
 use crate::weight_ring::{PAD, Ring};
 
@@ -17,8 +17,12 @@ pub(super) fn bring_inputs(step: &Step<'_>, ring: Ring, unit: u32, phase: Phase,
     // The first phase of all has nothing before it.
     if idle && tag - early_lag > step.tag {
         // Who is early waits for one value of the phase before: waiting for all of this one costs memory more.
-        // SAFETY: the first word of a phase.
-        let _ = unsafe { step.words.wait(early, tag - early_lag) };
+        // One warp does, and the others wait for it: a word that many ask for is late for those who need it.
+        if lane_and_warp().1 == 0 {
+            // SAFETY: the first word of a phase.
+            let _ = unsafe { step.words.wait(early, tag - early_lag) };
+        }
+        sync();
     }
     let [from, lag] = phase.from;
     if !normed {
@@ -45,8 +49,14 @@ fn normalise(step: &Step<'_>, inputs: u32, ring: Ring, unit: u32, start: u32, ta
     let has = column < width;
     let column = if has { column } else { 0 };
     let gains: [bf16; 8] = gain.load(column as usize);
-    // SAFETY: words of the row, which starts evenly.
-    let [pairs] = unsafe { step.words.wait_pairs::<1, 4, 2>([start + column], tag) };
+    let pairs = step.words.gather(tag, |words| {
+        let mut pairs = [[0; 2]; 4];
+        for i in 0..4 {
+            // SAFETY: words of the row, which starts evenly.
+            pairs[i] = unsafe { words.pair(start + column + i as u32 * 2, true) };
+        }
+        pairs
+    });
     let mut sum = 0.0;
     for i in 0..8 {
         let value = f32::from_bits(pairs[i / 2][i % 2]);
@@ -77,10 +87,15 @@ fn collect(step: &Step<'_>, inputs: u32, start: u32, width: u32, tag: u32) {
     let total = width / 4;
     let mut base = thread::thread_idx_x_anew();
     while base < total {
-        let count = (total - base).div_ceil(THREADS);
-        // SAFETY: words of the row, of which `total` pairs are left from this one on; pairs start evenly.
-        let pairs =
-            unsafe { step.words.wait_some_pairs::<AT_ONCE, { THREADS as usize * 2 }>(start + base * 2, count, tag) };
+        let pairs = step.words.gather(tag, |words| {
+            let mut pairs = [[0; 2]; AT_ONCE];
+            for i in 0..AT_ONCE {
+                let place = base + i as u32 * THREADS;
+                // SAFETY: words of the row, which has `total` pairs and starts evenly.
+                pairs[i] = unsafe { words.pair(start + place * 2, place < total) };
+            }
+            pairs
+        });
         for i in 0..AT_ONCE {
             let place = base + i as u32 * THREADS;
             if place < total {

@@ -2,6 +2,7 @@
 
 use cuda_std::prelude::*;
 
+use super::lookup::Phase;
 use super::plan::Linear;
 use super::{Step, WARPS, lane_and_warp, sync};
 use crate::kv_write::PAGE;
@@ -25,7 +26,15 @@ impl Epilogue {
     /// Of a lane's row of a group. Everything is older than the phase's inputs. `seen`: the block had the residual stream
     /// behind attention as inputs of the phase before.
     #[inline(always)]
-    pub(super) fn read(step: &Step<'_>, linear: Linear, layer: u32, group: u32, g: u32, seen: bool) -> Self {
+    pub(super) fn read(
+        step: &Step<'_>,
+        linear: Linear,
+        phase: Phase,
+        layer: u32,
+        group: u32,
+        g: u32,
+        seen: bool,
+    ) -> Self {
         let shape = step.shape;
         let mut one = Self::EMPTY;
         match linear {
@@ -42,12 +51,12 @@ impl Epilogue {
                 }
             }
             Linear::Output => {
-                let word = shape.words().after_down + group * 8 + g;
+                let word = phase.residual + group * 8 + g;
                 // SAFETY: a word of the residual stream.
                 one.residual = f32::from_bits(unsafe { step.words.wait(word, step.layer_tag(layer) - 1) });
             }
             Linear::Down => {
-                let word = shape.words().after_output + group * 8 + g;
+                let word = phase.residual + group * 8 + g;
                 // SAFETY: as above. A block that has seen all of the row does not wait again, and the value comes later.
                 one.residual = f32::from_bits(unsafe {
                     if seen { step.words.peek(word) } else { step.words.wait(word, step.layer_tag(layer)) }
@@ -100,15 +109,16 @@ pub(super) fn put_qkv(step: &Step<'_>, layer: u32, group: u32, g: u32, [mut a, m
 
 /// The gated activation of a group's 8 gates and ups.
 #[inline(always)]
-pub(super) fn put_gated(step: &Step<'_>, start: u32, tag: u32, group: u32, sums: [f32; 2]) {
+pub(super) fn put_gated(step: &Step<'_>, phase: Phase, tag: u32, group: u32, sums: [f32; 2]) {
     let (lane, _) = lane_and_warp();
     let (g, t) = (lane / 4, lane % 4);
     let own = gated(f32_to_bf16(sums[0]), f32_to_bf16(sums[1]));
     // A word has two neighbours.
     let other = f32::from_bits(warp::shuffle_xor_u32(own.to_bits(), 4));
-    if t == 0 && g % 2 == 0 {
-        // SAFETY: a word of the gated values.
-        unsafe { step.words.store(start + group * 4 + g / 2, bf16_pair(own, other), tag) };
+    if g % 2 == 0 {
+        let word = phase.to + group * 4 + g / 2;
+        // SAFETY: a word of the gated values in the lane's replica.
+        unsafe { step.words.store(word + t * phase.replica, bf16_pair(own, other), tag) };
     }
 }
 

@@ -5,6 +5,9 @@ use cuda_std::prelude::*;
 /// Phases of a layer.
 pub(super) const PHASES: u32 = 5;
 
+/// The one that reads no weights.
+pub(super) const ATTENTION: u32 = 1;
+
 /// A model's sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
@@ -26,7 +29,14 @@ pub struct Shape {
     pub vocab: u32,
 }
 
-/// Where the words of each phase start, and how many there are in all.
+/// Replicas of what every block reads. A line of the second-level cache answers one block after the other, and all ask at once.
+pub(super) const REPLICAS: u32 = 4;
+
+// Of the lanes that have an output, each stores into one.
+const _: () = assert!(REPLICAS == 4);
+
+/// Where the words of each phase start in the first of several replicas, and how many there are. Only the first has QKV, of
+/// which few blocks read each word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Words {
     /// \[(H + 2 G) D\]: queries f32, keys and values bf16.
@@ -39,7 +49,9 @@ pub struct Words {
     pub gated: u32,
     /// \[C\]: the residual stream behind the layer, f32.
     pub after_down: u32,
-    /// Words.
+    /// Words of a replica.
+    pub replica: u32,
+    /// Words of all replicas.
     pub len: u32,
 }
 
@@ -92,7 +104,8 @@ impl Shape {
         let after_output = attended + self.query_width() / 2;
         let gated = after_output + self.hidden;
         let after_down = gated + self.ffn / 2;
-        Words { qkv: 0, attended, after_output, gated, after_down, len: after_down + self.hidden }
+        let replica = (after_down + self.hidden).next_multiple_of(16);
+        Words { qkv: 0, attended, after_output, gated, after_down, replica, len: replica * REPLICAS }
     }
 
     /// A linear layer.
@@ -121,14 +134,15 @@ pub(super) enum Linear {
 }
 
 impl Linear {
-    /// Its number among a layer's phases; of the head that of a further layer's first.
+    /// Its number among a layer's phases; of the head [`PHASES`].
     #[inline(always)]
     pub(super) fn phase(self) -> u32 {
         match self {
-            Self::Qkv | Self::Head => 0,
+            Self::Qkv => 0,
             Self::Output => 2,
             Self::GateUp => 3,
             Self::Down => 4,
+            Self::Head => PHASES,
         }
     }
 

@@ -3,7 +3,7 @@
 use cuda_std::prelude::*;
 
 use super::Step;
-use super::plan::{Cut, Linear};
+use super::plan::{ATTENTION, Cut, Linear};
 use crate::attention_decode_short::apart_bytes;
 use crate::weight_ring::{Filler, Ring};
 
@@ -16,7 +16,7 @@ pub(super) fn stream(step: &Step<'_>, ring: Ring, ahead: u32, pace: u32) {
     loop {
         let shape = step.shape;
         if linear == Linear::Output {
-            for _ in 0..step.share(layer, 1).count {
+            for _ in 0..step.share(layer, ATTENTION).count {
                 let width = shape.head_width as usize;
                 filler.reserve(apart_bytes(width) as u32);
             }

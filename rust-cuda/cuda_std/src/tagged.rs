@@ -102,58 +102,21 @@ impl<'a> Tagged<'a> {
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub unsafe fn wait(&self, index: u32, tag: u32) -> u32 {
-        #[cfg(target_arch = "nvptx64")]
-        {
-            let mut readings = 0;
-            loop {
-                let found: u64;
-                // SAFETY: inside the buffer, by this function's contract.
-                unsafe {
-                    asm!("ld.relaxed.gpu.global.b64 {}, [{}];",
-                        out(reg64) found, in(reg64) self.0.address_unchecked(index as usize), options(nostack));
-                }
-                if (found >> 32) as u32 == tag {
-                    return found as u32;
-                }
-                count(&mut readings);
-            }
-        }
-        #[cfg(not(target_arch = "nvptx64"))]
-        {
-            let _ = (index, tag);
-            crate::cpu::gpu_only()
-        }
+        // SAFETY: this function's contract.
+        self.gather(tag, |words| unsafe { words.one(index) })
     }
 
-    /// Waits until all words of some pairs have the tag, and returns their values: `N` pairs from each of `starts` on,
-    /// `STRIDE` words apart. All are read at once, again and again.
-    ///
-    /// # Safety
-    /// As for [`store`](Self::store), for all of these words; a pair's first is even.
+    /// Reads some words, all at once, again and again until every one of them has the tag.
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-    pub unsafe fn wait_pairs<const M: usize, const N: usize, const STRIDE: usize>(
-        &self,
-        starts: [u32; M],
-        tag: u32,
-    ) -> [[[u32; 2]; N]; M] {
+    pub fn gather<R>(&self, tag: u32, mut read: impl FnMut(&mut Gather<'a>) -> R) -> R {
         #[cfg(target_arch = "nvptx64")]
         {
-            let mut values = [[[0; 2]; N]; M];
             let mut readings = 0;
             loop {
-                let mut strangers = 0;
-                for m in 0..M {
-                    // SAFETY: inside the buffer, by this function's contract.
-                    let start = unsafe { self.0.address_unchecked(starts[m] as usize) };
-                    for n in 0..N {
-                        // SAFETY: as above.
-                        let pair = unsafe { read_pair(start.add(n * STRIDE)) };
-                        strangers |= stranger(pair, tag);
-                        values[m][n] = pair.map(|word| word as u32);
-                    }
-                }
-                if strangers == 0 {
+                let mut words = Gather { words: self.0, tag, strangers: 0 };
+                let values = read(&mut words);
+                if words.strangers == 0 {
                     return values;
                 }
                 count(&mut readings);
@@ -161,45 +124,73 @@ impl<'a> Tagged<'a> {
         }
         #[cfg(not(target_arch = "nvptx64"))]
         {
-            let _ = (starts, tag);
+            let _ = (tag, &mut read);
+            crate::cpu::gpu_only()
+        }
+    }
+}
+
+/// A reading of words that may not have their tag yet: see [`Tagged::gather`].
+pub struct Gather<'a> {
+    #[cfg_attr(not(target_arch = "nvptx64"), expect(dead_code, reason = "no word is read on a CPU"))]
+    words: InOut<'a, u64>,
+    #[cfg_attr(not(target_arch = "nvptx64"), expect(dead_code, reason = "no word is read on a CPU"))]
+    tag: u32,
+    /// 0 while all words had the tag.
+    #[cfg_attr(not(target_arch = "nvptx64"), expect(dead_code, reason = "no word is read on a CPU"))]
+    strangers: u32,
+}
+
+impl Gather<'_> {
+    /// The value of word `index`.
+    ///
+    /// # Safety
+    /// As for [`Tagged::store`].
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub unsafe fn one(&mut self, index: u32) -> u32 {
+        #[cfg(target_arch = "nvptx64")]
+        {
+            let found: u64;
+            // SAFETY: inside the buffer, by this function's contract.
+            unsafe {
+                asm!("ld.relaxed.gpu.global.b64 {}, [{}];",
+                    out(reg64) found, in(reg64) self.words.address_unchecked(index as usize), options(nostack));
+            }
+            self.strangers |= (found >> 32) as u32 ^ self.tag;
+            found as u32
+        }
+        #[cfg(not(target_arch = "nvptx64"))]
+        {
+            let _ = index;
             crate::cpu::gpu_only()
         }
     }
 
-    /// The same of the first `number` of `N` pairs from `start` on, at least one; the others' values are any.
+    /// The values of words `index` and `index + 1` where they are `wanted`, else any.
     ///
     /// # Safety
-    /// As for [`wait_pairs`](Self::wait_pairs).
+    /// As for [`Tagged::store_pair`] where they are wanted.
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-    pub unsafe fn wait_some_pairs<const N: usize, const STRIDE: usize>(
-        &self,
-        start: u32,
-        number: u32,
-        tag: u32,
-    ) -> [[u32; 2]; N] {
+    pub unsafe fn pair(&mut self, index: u32, wanted: bool) -> [u32; 2] {
         #[cfg(target_arch = "nvptx64")]
         {
-            let mut values = [[0; 2]; N];
-            let mut readings = 0;
-            loop {
-                let mut strangers = 0;
-                for n in 0..N {
-                    let place = if (n as u32) < number { start + (n * STRIDE) as u32 } else { start };
-                    // SAFETY: inside the buffer, by this function's contract.
-                    let pair = unsafe { read_pair(self.0.address_unchecked(place as usize)) };
-                    strangers |= stranger(pair, tag);
-                    values[n] = pair.map(|word| word as u32);
-                }
-                if strangers == 0 {
-                    return values;
-                }
-                count(&mut readings);
+            let own = word(0, self.tag);
+            let (mut first, mut second) = (own, own);
+            // SAFETY: inside the buffer, by this function's contract; what is not wanted is not read.
+            unsafe {
+                asm!("{{ .reg .pred wanted;", "setp.ne.u32 wanted, {}, 0;",
+                    "@wanted ld.relaxed.gpu.global.v2.b64 {{{}, {}}}, [{}]; }}",
+                    in(reg32) u32::from(wanted), inout(reg64) first, inout(reg64) second,
+                    in(reg64) self.words.address_unchecked(index as usize), options(nostack));
             }
+            self.strangers |= ((first >> 32) as u32 ^ self.tag) | ((second >> 32) as u32 ^ self.tag);
+            [first as u32, second as u32]
         }
         #[cfg(not(target_arch = "nvptx64"))]
         {
-            let _ = (start, number, tag);
+            let _ = (index, wanted);
             crate::cpu::gpu_only()
         }
     }
@@ -211,13 +202,6 @@ fn word(value: u32, tag: u32) -> u64 {
     u64::from(tag) << 32 | u64::from(value)
 }
 
-/// 0 where both words have the tag.
-#[cfg(target_arch = "nvptx64")]
-#[inline(always)]
-fn stranger([first, second]: [u64; 2], tag: u32) -> u32 {
-    ((first >> 32) as u32 ^ tag) | ((second >> 32) as u32 ^ tag)
-}
-
 /// Counts a reading that found a stranger.
 #[cfg(target_arch = "nvptx64")]
 #[inline(always)]
@@ -227,20 +211,4 @@ fn count(readings: &mut u32) {
     if *readings == MOST_READINGS {
         crate::trap();
     }
-}
-
-/// The words at an address.
-///
-/// # Safety
-/// They are a buffer's, and the address is a multiple of 16.
-#[cfg(target_arch = "nvptx64")]
-#[inline(always)]
-unsafe fn read_pair(address: *const u64) -> [u64; 2] {
-    let (first, second): (u64, u64);
-    // SAFETY: this function's contract.
-    unsafe {
-        asm!("ld.relaxed.gpu.global.v2.b64 {{{}, {}}}, [{}];",
-            out(reg64) first, out(reg64) second, in(reg64) address, options(nostack));
-    }
-    [first, second]
 }
