@@ -14,14 +14,21 @@ use super::rig::Rig;
 use crate::cli::ModelArguments;
 use crate::start::{Started, choose, open, ready};
 
+/// What starting gave: an engine, what was chosen by timing, and how long it all took.
+pub(super) struct Start {
+    pub(super) started: Started,
+    pub(super) chosen: Vec<Figure>,
+    pub(super) times: Vec<Figure>,
+}
+
 /// Opens the device, loads, tests and starts `runs` times; the last one stays. The weights are in the page cache but for
-/// the first run of the machine, so `runs` of more than one should follow one that is not counted.
+/// the first run of the machine, so times that count should follow a start that does not.
 pub(super) fn start(
     source: &ModelArguments,
     folder: &Path,
     runs: usize,
     options: impl Fn(&Device) -> EngineOptions,
-) -> anyhow::Result<(Started, Vec<Figure>)> {
+) -> anyhow::Result<Start> {
     let (mut open_ms, mut load_ms, mut ready_ms, mut total_ms) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let mut choose_ms = Vec::new();
     loop {
@@ -40,18 +47,18 @@ pub(super) fn start(
         ready_ms.push(milliseconds(testing));
         total_ms.push(milliseconds(began));
         if total_ms.len() == runs {
-            let mut figures = vec![
+            let times = vec![
                 Figure::of("start: device", "ms", &open_ms),
                 Figure::of("start: load", "ms", &load_ms),
                 Figure::of("start: choice by timing", "ms", &choose_ms),
                 Figure::of("start: self-test and engine", "ms", &ready_ms),
                 Figure::of("start to ready", "ms", &total_ms),
             ];
-            figures.extend(choices.into_iter().map(|choice| {
+            let chosen = choices.into_iter().map(|choice| {
                 let what = format!("chosen: {}", choice.what);
                 Figure::of(&what, "ms", &[choice.time.as_secs_f64() * 1e3]).batch(choice.rows)
-            }));
-            return Ok((started, figures));
+            });
+            return Ok(Start { started, chosen: chosen.collect(), times });
         }
     }
 }
