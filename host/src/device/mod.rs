@@ -339,7 +339,7 @@ impl Device {
     }
 
     /// [`launch`](Self::launch) of a kernel that may start before uploads and copies just ahead of it have ended, because it waits
-    /// before it reads anything that they write.
+    /// before it reads anything that they write. A kernel that it lets start early has to do the same.
     ///
     /// # Errors
     /// As for `launch`.

@@ -20,8 +20,8 @@ const NAME: &str = "decode_step";
 const AHEAD: u32 = 2;
 
 /// Clock cycles that a multiprocessor waits for each KiB of a layer's weights, so that memory is not always busy when blocks hand
-/// values to each other. Measured on an H100 (0.5 billion parameters): 0 gives 1,766 tokens/s, 80 1,800, 100 1,846, 120 1,840,
-/// 140 1,778, 170 1,539 (`benches/results/2026-11-23-h100-replicas.md`).
+/// values to each other. Measured on an H100 (0.5 billion parameters): 80 gives 1,881 tokens/s, 90 1,910, 100 1,927, 110 1,930,
+/// 120 1,925, 130 1,903 (`benches/results/2026-11-23-h100-replicas.md`).
 const PACE: u32 = 105;
 
 /// A layer of the model, and its pages.
@@ -285,7 +285,8 @@ pub fn decode_step<'a>(
         _ => decode_step_64::launch,
     };
     let mut block_best = best.slice_mut(..blocks)?;
-    // It waits before it reads indices; its table's upload has been waited for.
+    // It waits before it reads indices; its table's upload has been waited for. It lets `few_argmax` start at once, which reads nothing
+    // before it waits.
     device.launch_behind_copies(
         kernel(
             id,

@@ -29,11 +29,9 @@ pub struct Shape {
     pub vocab: u32,
 }
 
-/// Replicas of what every block reads. A line of the second-level cache answers one block after the other, and all ask at once.
+/// Replicas of what every block reads. A line of the second-level cache answers one block after the other, and all ask at once. A
+/// product leaves each output in four lanes, each of which stores into one.
 pub(super) const REPLICAS: u32 = 4;
-
-// Of the lanes that have an output, each stores into one.
-const _: () = assert!(REPLICAS == 4);
 
 /// Where the words of each phase start in the first of several replicas, and how many there are. Only the first has QKV, of
 /// which few blocks read each word.

@@ -80,13 +80,8 @@ impl<'a> Tagged<'a> {
     pub unsafe fn peek(&self, index: u32) -> u32 {
         #[cfg(target_arch = "nvptx64")]
         {
-            let found: u64;
-            // SAFETY: inside the buffer, by this function's contract.
-            unsafe {
-                asm!("ld.relaxed.gpu.global.b64 {}, [{}];",
-                    out(reg64) found, in(reg64) self.0.address_unchecked(index as usize), options(nostack));
-            }
-            found as u32
+            // SAFETY: this function's contract.
+            unsafe { read(&self.0, index) as u32 }
         }
         #[cfg(not(target_arch = "nvptx64"))]
         {
@@ -151,12 +146,8 @@ impl Gather<'_> {
     pub unsafe fn one(&mut self, index: u32) -> u32 {
         #[cfg(target_arch = "nvptx64")]
         {
-            let found: u64;
-            // SAFETY: inside the buffer, by this function's contract.
-            unsafe {
-                asm!("ld.relaxed.gpu.global.b64 {}, [{}];",
-                    out(reg64) found, in(reg64) self.words.address_unchecked(index as usize), options(nostack));
-            }
+            // SAFETY: this function's contract.
+            let found = unsafe { read(&self.words, index) };
             self.strangers |= (found >> 32) as u32 ^ self.tag;
             found as u32
         }
@@ -194,6 +185,22 @@ impl Gather<'_> {
             crate::cpu::gpu_only()
         }
     }
+}
+
+/// Word `index`, whatever its tag.
+///
+/// # Safety
+/// It is inside the buffer.
+#[cfg(target_arch = "nvptx64")]
+#[inline(always)]
+unsafe fn read(words: &InOut<'_, u64>, index: u32) -> u64 {
+    let found: u64;
+    // SAFETY: this function's contract.
+    unsafe {
+        asm!("ld.relaxed.gpu.global.b64 {}, [{}];",
+            out(reg64) found, in(reg64) words.address_unchecked(index as usize), options(nostack));
+    }
+    found
 }
 
 #[cfg(target_arch = "nvptx64")]

@@ -112,8 +112,8 @@ pub(super) unsafe fn copy(
     context.check(result, DeviceError::InferenceFailed, "a copy on the device failed")
 }
 
-/// Copies of at most this many bytes are a kernel's, where the device has it: between kernels each of the driver's copies takes
-/// some four microseconds, in which the device does nothing else.
+/// Copies of at most this many bytes are a kernel's, where the device has it: three of the driver's copies between two steps cost
+/// 34 us on an H100 with 8 rows, 52 with 64 (`benches/results/2026-11-23-h100-replicas.md`).
 const KERNEL_BYTES: usize = 64 * 1024;
 
 /// Words as an argument of a launch.
