@@ -218,6 +218,10 @@ impl CublasLt {
                 self.context.stream().cast(),
             )
         };
+        // First of all, so that no text is made for a call that succeeds.
+        if status == cublasStatus_t::CUBLAS_STATUS_SUCCESS {
+            return Ok(());
+        }
         let result = checked(status, &format!("{n} x {k} with {m} rows"));
         if let Err(error) = &result
             && matches!(
