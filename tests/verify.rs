@@ -81,6 +81,18 @@ fn every_way_of_decoding_keeps_its_bits_on_a_cpu_like_a_gpu() {
     assert!(verify::decode_ways(&model, &[1]).unwrap().is_empty(), "nothing is left to be in doubt");
 }
 
+#[test]
+fn recorded_prefills_keep_their_bits_on_a_cpu_like_a_gpu() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo");
+    let load = |device| Model::load(&device, &folder, Some(512), &mut |_, _| {}).unwrap();
+    let model = load(devices::cpu_like_a_gpu());
+    let line = verify::recorded_prefills(&model, &[(1, 1), (5, 2), (20, 3), (65, 1)]).unwrap().unwrap();
+    assert!(line.holds, "{line:?}");
+    model.give_up_recorded_prefills();
+    assert_eq!(verify::recorded_prefills(&model, &[(5, 1)]).unwrap(), None, "nothing is left to be in doubt");
+    assert_eq!(verify::recorded_prefills(&load(devices::cpu()), &[(5, 1)]).unwrap(), None, "nothing is recorded there");
+}
+
 /// On a CPU that computes like a GPU the choice is slow, but it is the same steps.
 #[test]
 fn our_own_tiles_are_timed_where_there_is_a_choice() {

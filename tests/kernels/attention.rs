@@ -216,10 +216,13 @@ impl Cache {
         let narrow = PrefillTiles::sized(segments.iter().copied(), short, heads).unwrap();
         let answer = self.prefills_in(rig, heads, &qkv, &segments, short, &narrow, None);
         if narrow.has_wide_warps(heads) {
-            let wide = narrow.with_wide_warps(true);
+            let wide = narrow.clone().with_wide_warps(true);
             let again = self.prefills_in(rig, heads, &qkv, &segments, short, &wide, Some("attention_prefill_wide_64"));
             assert_same(&again, &answer, "warps of 32 rows");
         }
+        let filled = narrow.clone().filled_up_to(narrow.count() + 3);
+        let again = self.prefills_in(rig, heads, &qkv, &segments, short, &filled, None);
+        assert_same(&again, &answer, "with tiles without rows");
         answer
     }
 
@@ -559,6 +562,12 @@ fn tiles_cover_every_row_once() {
     assert_eq!(wide.numbers, tiles(true));
     let ends: Vec<u32> = tiles(true).chunks(4).map(|tile| (tile[2] + tile[1]).div_ceil(64)).collect();
     assert!(ends.is_sorted_by(|a, b| a >= b), "{ends:?}");
+
+    let filled = PrefillTiles::sized(segments.into_iter(), false, heads).unwrap().filled_up_to(8);
+    assert_eq!(filled.count(), 8);
+    assert_eq!(filled.numbers[..24], tiles(false), "as they were");
+    assert_eq!(filled.numbers[24..], [0, 0, 0, 7].repeat(2), "no rows");
+    assert_eq!(filled.clone().filled_up_to(3), filled, "none are taken away");
 }
 
 /// Microseconds of attention in both layouts, each layer with pages of its own, as many as a model has.

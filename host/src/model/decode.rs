@@ -1,45 +1,21 @@
 //! Steps in which every row is one new token of its sequence. On a GPU such a step is recorded once for each bucket of rows and
 //! contexts and then started as a whole; its layers are fused with their neighbours. None of this changes a bit.
 
-use std::collections::VecDeque;
 use std::ops::Range;
 
 use half::bf16;
 
 use super::KvCache;
 use super::arena::LayerValues;
+use super::layout::{PADDING_DRAW, Wanted};
 use super::ways::{DecodeWay, Linear, Tiled};
 use super::workspace::DRAW_ALIGN;
 use super::{Choosing, Model, Step, Workspace};
-use crate::device::{DeviceError, LinearBackend, Recording, Slice, SliceMut, Weight, contract};
+use crate::device::{DeviceError, LinearBackend, Slice, SliceMut, Weight, contract};
 use crate::ops::{
-    self, BlockTokens, DecodeBlocks, DecodeScratch, FEW, NO_ROW, Norm, PAGE, PagesMut, Places, ROW_WORDS,
-    RowParameters, StepEnds, StepLayer,
+    self, BlockTokens, DecodeBlocks, DecodeScratch, FEW, NO_ROW, Norm, PAGE, PagesMut, Places, ROW_WORDS, StepEnds,
+    StepLayer,
 };
-
-/// What a step leaves behind.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Wanted {
-    /// Logits.
-    Logits,
-    /// The likeliest token of each row.
-    Tokens,
-    /// A drawn token of each row.
-    Draws {
-        /// For some row the mass of the whole vocabulary is needed.
-        whole_mass: bool,
-    },
-}
-
-impl Wanted {
-    fn of(choosing: Choosing<'_>) -> Self {
-        match choosing {
-            Choosing::Caller => Self::Logits,
-            Choosing::Likeliest => Self::Tokens,
-            Choosing::Drawn(_) => Self::Draws { whole_mass: choosing.needs_whole_mass() },
-        }
-    }
-}
 
 /// Where a step's tokens come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,7 +28,7 @@ pub(super) enum Tokens {
 
 /// What a recording is of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Bucket {
+pub(super) struct Bucket {
     /// Rows, padding included.
     rows: usize,
     way: DecodeWay,
@@ -78,23 +54,6 @@ impl Bucket {
     }
 }
 
-/// What a row that fills up a bucket draws: the likeliest of what is there, which is least work.
-const PADDING_DRAW: RowParameters = RowParameters {
-    seed: 0,
-    position: 0,
-    top_k: 1,
-    temperature: 0.0,
-    top_p: 1.0,
-    min_p: 0.0,
-    repetition: 1.0,
-    frequency: 0.0,
-    presence: 0.0,
-};
-
-/// The recordings of a workspace, the most recently used last.
-#[derive(Debug, Default)]
-pub(super) struct Recordings(VecDeque<(Bucket, Recording)>);
-
 /// Rows of the smallest tile.
 const TILE: usize = 16;
 
@@ -102,24 +61,10 @@ const TILE: usize = 16;
 const HEAD_ROWS: usize = 32;
 
 /// How many recordings are kept. One is about a hundred launches; buckets in use at a time are few.
-const RECORDINGS: usize = 128;
-
-impl Recordings {
-    fn take(&mut self, bucket: Bucket) -> Recording {
-        let place = self.0.iter().rposition(|(key, _)| *key == bucket);
-        place.and_then(|place| self.0.remove(place)).map(|(_, recording)| recording).unwrap_or_default()
-    }
-
-    fn put(&mut self, bucket: Bucket, recording: Recording) {
-        if self.0.len() == RECORDINGS {
-            self.0.pop_front();
-        }
-        self.0.push_back((bucket, recording));
-    }
-}
+pub(super) const RECORDINGS: usize = 128;
 
 /// Rows of the bucket that `rows` rows fall into.
-fn bucket_rows(rows: usize) -> usize {
+pub(super) fn bucket_rows(rows: usize) -> usize {
     match rows {
         0..=FEW => rows.next_power_of_two(),
         9..=64 => rows.next_multiple_of(8),
@@ -198,7 +143,7 @@ impl Model {
         if bucket.way == DecodeWay::Whole {
             return self.decode_whole(bucket, cache, workspace).map(|()| true);
         }
-        let mut recording = workspace.recordings.take(bucket);
+        let mut recording = workspace.recordings.take(&bucket);
         let outcome = self.device().replay(&mut recording, &mut || match bucket.way {
             DecodeWay::Few => self.decode_few(bucket, cache, workspace),
             DecodeWay::Whole | DecodeWay::Tiles | DecodeWay::Recorded => self.decode_many(bucket, cache, workspace),

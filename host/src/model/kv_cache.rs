@@ -4,7 +4,7 @@
 use half::bf16;
 
 use crate::device::{Buffer, Device, DeviceError, MemoryKind};
-use crate::ops::{HeadShape, PAGE, Pages, PagesMut};
+use crate::ops::{self, HeadShape, PAGE, Pages, PagesMut};
 
 /// Keys and values of every layer, in pages.
 #[derive(Debug)]
@@ -94,6 +94,33 @@ impl KvCache {
             device.upload(values.slice_mut(range.clone())?, &poison)?;
         }
         Ok(())
+    }
+
+    /// Makes every page zeros. For tests of equality.
+    ///
+    /// # Errors
+    /// The device's error.
+    pub fn clear(&mut self, device: &Device) -> Result<(), DeviceError> {
+        for (keys, values) in &mut self.layers {
+            device.fill_zero(keys)?;
+            device.fill_zero(values)?;
+        }
+        Ok(())
+    }
+
+    /// How many of all elements, used or not, differ in their bits from those of another cache of this size. For tests of
+    /// equality.
+    ///
+    /// # Errors
+    /// Another size, or the device's error.
+    pub fn differing(&self, device: &Device, other: &Self) -> Result<u64, DeviceError> {
+        let mut count = 0;
+        for ((keys, values), (other_keys, other_values)) in self.layers.iter().zip(&other.layers) {
+            for (a, b) in [(keys, other_keys), (values, other_values)] {
+                count += u64::from(ops::differing(device, &a.as_slice(), &b.as_slice())?);
+            }
+        }
+        Ok(count)
     }
 
     /// The bits of the keys and values of `tokens` tokens of a sequence whose pages are `page_table`: every layer's keys

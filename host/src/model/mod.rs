@@ -11,7 +11,10 @@ mod config;
 mod decode;
 mod error;
 mod kv_cache;
+mod layout;
 mod load;
+mod prefill;
+mod recordings;
 mod rope;
 mod step;
 #[cfg(test)]

@@ -8,14 +8,12 @@ use std::path::Path;
 
 use super::arena::{Arena, LayerValues, Logits};
 use super::decode::Tokens;
+use super::layout::{Layout, Wanted};
 use super::load::{self, LoadError, Parameters};
 use super::ways::Ways;
-use super::workspace::DRAW_ALIGN;
 use super::{Checkpoint, Choosing, KvCache, ModelConfig, Prefill, Step, Workspace};
 use crate::device::{Buffer, Device, DeviceError, MemoryKind, Slice, Weight, contract};
-use crate::ops::{
-    self, DecodeBlocks, DecodeScratch, HeadShape, PAGE, PagesMut, Places, PrefillTiles, ROW_WORDS, SampleParams,
-};
+use crate::ops::{self, DecodeBlocks, DecodeScratch, HeadShape, PAGE, PagesMut, Places, PrefillTiles, SampleParams};
 
 /// A model on a device.
 #[derive(Debug)]
@@ -211,7 +209,9 @@ impl Model {
             let (draws, rows) = (draws.len(), step.logits_rows.len());
             return Err(DeviceError::InvalidParameter(format!("{draws} draws for {rows} rows with logits")));
         }
-        if self.decode(step, choosing, cache, workspace, tokens)? {
+        if self.decode(step, choosing, cache, workspace, tokens)?
+            || self.prefill(step, choosing, cache, workspace, tokens)?
+        {
             return Ok(());
         }
         self.compute(step, choosing, cache, workspace, tokens)
@@ -237,8 +237,8 @@ impl Model {
         ops::sample(device, &values.as_slice(), params, &mut chosen.slice_mut(..rows)?)
     }
 
-    /// Any step.
-    fn compute(
+    /// Any step, by separate operations and without padding.
+    pub(super) fn compute(
         &self,
         step: &Step<'_>,
         choosing: Choosing<'_>,
@@ -246,42 +246,70 @@ impl Model {
         workspace: &mut Workspace,
         tokens: Tokens,
     ) -> Result<(), DeviceError> {
-        let (config, heads, device) = (&self.config, self.heads(), &self.device);
-        let (rows, hidden, eps) = (step.tokens.len(), config.hidden, config.rms_norm_eps);
-        let rope_table = self.rope_table.as_slice();
+        let tiles = self.tiles(step)?;
+        let layout = Layout {
+            rows: step.tokens.len(),
+            logits_rows: step.logits_rows.len(),
+            tiles: tiles.count(),
+            wanted: Wanted::of(choosing),
+        };
+        self.give(step, choosing, layout, &tiles, workspace, tokens)?;
+        let groups = decode_groups(&step.positions[..step.decode_rows], self.heads(), workspace.arena.scratch_len());
+        let tables_end = layout.page_tables() + step.page_tables.len();
+        self.launch_step(layout, &tiles, &groups, tables_end, cache, workspace)
+    }
 
-        let tiles = PrefillTiles::new(device, step.prefills.iter().map(Prefill::segment), heads)?
-            .with_wide_warps(self.ways.has_wide_warps());
-        workspace.staging.clear();
-        for part in
-            [step.tokens, step.positions, step.row_tables, step.page_tables, step.logits_rows, &tiles.numbers[..]]
-        {
-            workspace.staging.extend_from_slice(part);
-        }
-        let draws_start = workspace.staging.len().next_multiple_of(DRAW_ALIGN);
-        if let Choosing::Drawn(draws) = choosing {
-            workspace.staging.resize(draws_start, 0);
-            workspace.staging.extend(draws.iter().flat_map(|draw| draw.words()));
-        }
-        device.upload(workspace.indices.slice_mut(..workspace.staging.len())?, &workspace.staging)?;
-        workspace.take_tokens(device, tokens, rows)?;
+    /// The tiles of a step's prefills.
+    pub(super) fn tiles(&self, step: &Step<'_>) -> Result<PrefillTiles, DeviceError> {
+        let segments = step.prefills.iter().map(Prefill::segment);
+        let tiles = PrefillTiles::new(&self.device, segments, self.heads())?;
+        Ok(tiles.with_wide_warps(self.ways.has_wide_warps()))
+    }
+
+    /// Uploads a step's numbers to where `layout` has them, and puts chosen tokens among them.
+    pub(super) fn give(
+        &self,
+        step: &Step<'_>,
+        choosing: Choosing<'_>,
+        layout: Layout,
+        tiles: &PrefillTiles,
+        workspace: &mut Workspace,
+        tokens: Tokens,
+    ) -> Result<(), DeviceError> {
+        let staging = &mut workspace.staging;
+        layout.stage(step, choosing, tiles, staging);
+        self.device.upload(workspace.indices.slice_mut(..staging.len())?, staging)?;
+        workspace.take_tokens(&self.device, tokens, step.tokens.len())
+    }
+
+    /// The launches of a step whose numbers are there: `groups` are its single tokens, `tiles` its prefills, and its page tables
+    /// are before `tables_end`. What is launched, and over which memory, follows from these, the workspace and the cache.
+    pub(super) fn launch_step(
+        &self,
+        layout: Layout,
+        tiles: &PrefillTiles,
+        groups: &[Group],
+        tables_end: usize,
+        cache: &mut KvCache,
+        workspace: &mut Workspace,
+    ) -> Result<(), DeviceError> {
+        let (config, heads, device) = (&self.config, self.heads(), &self.device);
+        let (rows, hidden, eps) = (layout.rows, config.hidden, config.rms_norm_eps);
+        let rope_table = self.rope_table.as_slice();
         let Workspace { indices, residual, normed, qkv, counters, attended, arena, feed_rows, .. } = workspace;
         let tokens = indices.slice(..rows)?;
-        let tables_end = 3 * rows + step.page_tables.len();
         let places = Places {
             positions: indices.slice(rows..2 * rows)?,
             row_tables: indices.slice(2 * rows..3 * rows)?,
-            page_tables: indices.slice(3 * rows..tables_end)?,
+            page_tables: indices.slice(layout.page_tables()..tables_end)?,
         };
-        let tiles_start = tables_end + step.logits_rows.len();
-        let tile_numbers = indices.slice(tiles_start..tiles_start + tiles.numbers.len())?;
+        let tile_numbers = indices.slice(layout.tiles())?;
 
         let mut residual = residual.slice_mut(..rows * hidden)?;
         let mut normed = normed.slice_mut(..rows * hidden)?;
         let mut qkv = qkv.slice_mut(..rows * heads.qkv_width())?;
         let mut attended = attended.slice_mut(..rows * heads.query_width())?;
         let LayerValues { mut gate_up, mut gated, mut scratch } = arena.layers()?;
-        let groups = decode_groups(&step.positions[..step.decode_rows], heads, scratch.len());
 
         let table = self.parameters.embedding.rows()?.as_slice();
         ops::embedding(device, &tokens, &table, &mut residual, hidden)?;
@@ -294,7 +322,7 @@ impl Model {
             let mut pages = PagesMut { keys: keys.as_slice_mut(), values: values.as_slice_mut() };
             ops::rotary_kv_write(device, &mut qkv, &layer.bias()?, &rope_table, places, &mut pages, heads)?;
             let pages = cache.pages(index);
-            for Group { rows, longest } in &groups {
+            for Group { rows, longest } in groups {
                 let queries = rows.start * heads.qkv_width()..rows.end * heads.qkv_width();
                 // Where steps are recorded, in the one layout that takes contexts of any length: what they choose is compared
                 // with it. Elsewhere in the faster one.
@@ -319,13 +347,13 @@ impl Model {
                     *longest,
                 )?;
             }
-            if !step.prefills.is_empty() {
+            if tiles.count() > 0 {
                 ops::attention_prefill(
                     device,
                     &qkv.as_slice(),
                     pages,
                     &places.page_tables,
-                    &tiles,
+                    tiles,
                     &tile_numbers,
                     &mut attended,
                     heads,
@@ -352,9 +380,9 @@ impl Model {
             }
         }
 
-        let wanted = step.logits_rows.len();
+        let wanted = layout.logits_rows;
         if wanted > 0 {
-            let chosen = workspace.indices.slice(tables_end..tables_end + wanted)?;
+            let chosen = workspace.indices.slice(layout.logits_rows())?;
             let mut rows = workspace.head_rows.slice_mut(..wanted * hidden)?;
             let mut normed = workspace.head_normed.slice_mut(..wanted * hidden)?;
             let mut logits = workspace.arena.logits(wanted * config.vocab)?.values;
@@ -362,14 +390,13 @@ impl Model {
             let final_norm = self.parameters.final_norm.as_slice();
             ops::rms_norm(device, &rows.as_slice(), &final_norm, &mut normed, eps)?;
             ops::linear(device, &normed.as_slice(), self.head(), &mut logits)?;
-            match choosing {
-                Choosing::Caller => {}
-                Choosing::Likeliest => {
+            match layout.wanted {
+                Wanted::Logits => {}
+                Wanted::Tokens => {
                     ops::argmax(device, &logits.as_slice(), &mut workspace.chosen.slice_mut(..wanted)?)?;
                 }
-                Choosing::Drawn(_) => {
-                    let draws = workspace.indices.slice(draws_start..draws_start + wanted * ROW_WORDS)?;
-                    let whole_mass = choosing.needs_whole_mass();
+                Wanted::Draws { whole_mass } => {
+                    let draws = workspace.indices.slice(layout.draws())?;
                     self.draw(&mut workspace.arena, wanted, draws, whole_mass, &mut workspace.chosen)?;
                 }
             }
@@ -389,7 +416,7 @@ fn feed_parts(rows: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
 }
 /// Single-token rows whose attention is computed at once.
 #[derive(Debug, PartialEq, Eq)]
-struct Group {
+pub(super) struct Group {
     rows: Range<usize>,
     /// Tokens of the longest context among them.
     longest: usize,

@@ -117,6 +117,8 @@ pub(super) struct Ways {
     recorded: AtomicBool,
     /// A packed [`Plan`] for each rung.
     plans: [AtomicU8; RUNGS.len()],
+    /// Prefills that come again, recorded.
+    prefills: AtomicBool,
     /// Attention of long prefills by warps of 32 rows.
     wide_warps: AtomicBool,
 }
@@ -133,6 +135,7 @@ impl Ways {
             tiles: AtomicBool::new(tensor_cores && ops::tiles_fits(device, heads, config.hidden, config.ffn)),
             recorded: AtomicBool::new(tensor_cores),
             plans: RUNGS.map(|rung| AtomicU8::new(Plan::guess(rung).packed())),
+            prefills: AtomicBool::new(tensor_cores),
             wide_warps: AtomicBool::new(false),
         }
     }
@@ -160,6 +163,14 @@ impl Ways {
 
     pub(super) fn has_tiles(&self) -> bool {
         self.is_open(DecodeWay::Tiles)
+    }
+
+    pub(super) fn has_recorded_prefills(&self) -> bool {
+        self.prefills.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn give_up_recorded_prefills(&self) {
+        self.prefills.store(false, Ordering::Relaxed);
     }
 
     pub(super) fn has_wide_warps(&self) -> bool {
@@ -228,6 +239,7 @@ mod tests {
                 (false, narrow),
             ]
             .map(|(few, tiled)| plan(few, tiled)),
+            prefills: AtomicBool::new(true),
             wide_warps: AtomicBool::new(false),
         }
     }
@@ -251,6 +263,9 @@ mod tests {
         assert_eq!([of(1), of(64)], [Some((DecodeWay::Recorded, Tiled::NONE)); 2]);
         ways.give_up(DecodeWay::Recorded);
         assert_eq!([of(1), of(64)], [None; 2]);
+        assert!(ways.has_recorded_prefills(), "they are no decode steps");
+        ways.give_up_recorded_prefills();
+        assert!(!ways.has_recorded_prefills());
     }
 
     #[test]

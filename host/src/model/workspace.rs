@@ -3,8 +3,9 @@
 use half::bf16;
 
 use super::arena::{Arena, ArenaSizes, Logits};
-use super::decode::{Recordings, Tokens};
-use super::{Model, StepLimits};
+use super::decode::{self, Tokens};
+use super::recordings::Recordings;
+use super::{Model, StepLimits, prefill};
 use crate::device::{Buffer, Device, DeviceError, MemoryKind, Slice, contract};
 use crate::ops::{self, PAGE, PrefillTiles, ROW_WORDS, StepMemory};
 
@@ -26,7 +27,7 @@ pub(super) const DRAW_ALIGN: usize = 4;
 pub struct Workspace {
     limits: StepLimits,
     vocab: usize,
-    /// Tokens, positions, row tables, logits rows, page tables, prefill tiles and draws of a step: one upload.
+    /// Tokens, positions, row tables, logits rows, draws, prefill tiles and page tables of a step: one upload.
     pub(super) indices: Buffer<u32>,
     pub(super) staging: Vec<u32>,
     pub(super) residual: Buffer<f32>,
@@ -44,7 +45,10 @@ pub struct Workspace {
     pub(super) best: Buffer<u64>,
     /// The tokens chosen by the step, of the rows with logits.
     pub(super) chosen: Buffer<u32>,
-    pub(super) recordings: Recordings,
+    /// Of decode steps.
+    pub(super) recordings: Recordings<decode::Bucket>,
+    /// Of prefills.
+    pub(super) prefills: Recordings<prefill::Bucket>,
     /// Of steps in one kernel.
     pub(super) step_memory: StepMemory,
 }
@@ -59,7 +63,7 @@ impl Model {
         let spans = self.context_tokens().div_ceil(PAGE);
         let partials = |rows| ops::partials_len(heads, rows, spans);
         let bounded_partials = partials(limits.decode_rows).min(PARTIALS.max(partials(1)));
-        let tiles = PrefillTiles::max_numbers(limits.rows);
+        let tiles = PrefillTiles::numbers_of(limits.rows);
         let draws = limits.logits_rows * ROW_WORDS + DRAW_ALIGN;
         let indices = 3 * limits.rows + limits.logits_rows + limits.table_entries + tiles + draws;
         let counters = ops::counters_len(heads, limits.decode_rows.max(1));
@@ -97,7 +101,8 @@ impl Model {
                 "best tokens",
             )?,
             chosen: device.alloc_unwritten(limits.logits_rows, MemoryKind::Activations, "chosen tokens")?,
-            recordings: Recordings::default(),
+            recordings: Recordings::new(decode::RECORDINGS),
+            prefills: Recordings::new(prefill::RECORDINGS),
             step_memory: StepMemory::new(device, heads, config.hidden, config.ffn, config.layers)?,
         })
     }
@@ -139,6 +144,7 @@ impl Workspace {
             indices: _,
             staging: _,
             recordings: _,
+            prefills: _,
             counters: _,
         } = self;
         arena.poison(device)?;

@@ -345,24 +345,57 @@ pub struct Segment {
     pub table_start: usize,
 }
 
+/// Which kernel computes tiles. It changes no bit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TileKind {
+    short: bool,
+    wide_warps: bool,
+}
+
+impl TileKind {
+    /// Rows that a tile has at most.
+    #[must_use]
+    pub fn rows(self) -> usize {
+        if self.short { prefill::SHORT_BLOCK_ROWS } else { prefill::BLOCK_ROWS }
+    }
+}
+
 /// The tiles of rows that [`attention_prefill`] computes: built once a step, uploaded, used by every layer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PrefillTiles {
     /// The numbers to upload: [`TILE_FIELDS`](prefill::TILE_FIELDS) a tile.
     pub numbers: Vec<u32>,
-    short: bool,
-    wide_warps: bool,
+    kind: TileKind,
 }
 
 impl PrefillTiles {
-    fn tile_rows(&self) -> usize {
-        if self.short { prefill::SHORT_BLOCK_ROWS } else { prefill::BLOCK_ROWS }
+    /// Numbers of so many tiles, which is also how many there are at most for so many rows.
+    #[must_use]
+    pub fn numbers_of(tiles: usize) -> usize {
+        tiles * prefill::TILE_FIELDS
     }
 
-    /// Numbers of tiles for at most `rows` rows.
+    /// How many tiles there are.
     #[must_use]
-    pub fn max_numbers(rows: usize) -> usize {
-        rows * prefill::TILE_FIELDS
+    pub fn count(&self) -> usize {
+        self.numbers.len() / prefill::TILE_FIELDS
+    }
+
+    /// Which kernel computes them.
+    #[must_use]
+    pub fn kind(&self) -> TileKind {
+        self.kind
+    }
+
+    /// The same tiles, and behind them as many without rows as make up `count`. The blocks of those look up the first page of the
+    /// last tile's sequence, read nothing of it, write nothing and end.
+    #[must_use]
+    pub fn filled_up_to(mut self, count: usize) -> Self {
+        let table_start = self.numbers.last().copied().unwrap_or(0);
+        for _ in self.count()..count {
+            self.numbers.extend([0, 0, 0, table_start]);
+        }
+        self
     }
 
     /// Cuts segments into tiles, the longest contexts first: they take the most time. How large the tiles are depends on
@@ -388,7 +421,8 @@ impl PrefillTiles {
     /// A number beyond u32.
     pub fn sized(segments: impl Iterator<Item = Segment>, short: bool, heads: HeadShape) -> Result<Self, DeviceError> {
         let short = short || heads.width > 96;
-        let tile_rows = Self { numbers: Vec::new(), short, wide_warps: false }.tile_rows();
+        let kind = TileKind { short, wide_warps: false };
+        let tile_rows = kind.rows();
         let mut tiles = Vec::new();
         for Segment { first_row, rows, first_position, table_start } in segments {
             let mut done = 0;
@@ -402,20 +436,20 @@ impl PrefillTiles {
         tiles.sort_by_key(|&[_, count, first_position, _]| std::cmp::Reverse((first_position + count).div_ceil(SPAN)));
         let numbers: Result<_, _> =
             tiles.into_iter().flatten().map(|number| size("attention_prefill", number)).collect();
-        Ok(Self { numbers: numbers?, short, wide_warps: false })
+        Ok(Self { numbers: numbers?, kind })
     }
 
     /// The same tiles, of which each warp takes 32 rows instead of 16 where there is such a kernel. It changes no bit.
     #[must_use]
     pub fn with_wide_warps(mut self, wide: bool) -> Self {
-        self.wide_warps = wide;
+        self.kind.wide_warps = wide;
         self
     }
 
     /// Whether [`with_wide_warps`](Self::with_wide_warps) makes a difference.
     #[must_use]
     pub fn has_wide_warps(&self, heads: HeadShape) -> bool {
-        heads.width == 64 && !self.short
+        heads.width == 64 && !self.kind.short
     }
 }
 
@@ -452,11 +486,11 @@ pub fn attention_prefill(
         )
     })?;
     let blocks = [size(NAME, heads.query_heads)?, size(NAME, numbers.len() / prefill::TILE_FIELDS)?, 1];
-    let shared_bytes = prefill::shared_bytes(tiles.tile_rows(), heads.width);
+    let shared_bytes = prefill::shared_bytes(tiles.kind.rows(), heads.width);
     let grid = Grid { blocks, dynamic_shared_bytes: size(NAME, shared_bytes)? };
-    let kernel = match (heads.width, tiles.short) {
+    let kernel = match (heads.width, tiles.kind.short) {
         (32, false) => prefill::attention_prefill_32::launch,
-        (64, false) if tiles.wide_warps => prefill::attention_prefill_wide_64::launch,
+        (64, false) if tiles.kind.wide_warps => prefill::attention_prefill_wide_64::launch,
         (64, false) => prefill::attention_prefill_64::launch,
         (96, false) => prefill::attention_prefill_96::launch,
         (32, true) => prefill::attention_prefill_short_32::launch,

@@ -15,7 +15,7 @@ mod sampling;
 mod tiles;
 
 pub use attention::{
-    DecodeBlocks, DecodeScratch, HeadShape, NO_ROW, Pages, PagesMut, PrefillTiles, Segment, attention_decode,
+    DecodeBlocks, DecodeScratch, HeadShape, NO_ROW, Pages, PagesMut, PrefillTiles, Segment, TileKind, attention_decode,
     attention_prefill, counters_len, kv_write, partials_len, rotary, rotary_kv_write,
 };
 pub use decode_step::{StepEnds, StepLayer, StepMemory, decode_step, decode_step_fits};

@@ -6,6 +6,7 @@
 mod batch;
 mod golden;
 mod linear;
+mod prefill;
 pub mod rehearsal;
 mod sequence;
 mod ways;
@@ -35,9 +36,9 @@ impl Line {
     }
 }
 
-/// Checks the linear layers and the ways of computing decode steps at a few sizes, in well under a second. On a GPU where
-/// cuBLASLt does not give the contract's bits, our own kernel takes over; the returned lines say so. A way of computing
-/// decode steps that has other bits is given up. On the CPU nothing is in doubt (its linear layer is our own code, and
+/// Checks the linear layers, the ways of computing decode steps and recorded prefills at a few sizes, in well under a second. On a
+/// GPU where cuBLASLt does not give the contract's bits, our own kernel takes over; the returned lines say so. A way of computing
+/// steps that has other bits is given up. On the CPU nothing is in doubt (its linear layer is our own code, and
 /// there is one way), and nothing is checked.
 ///
 /// # Errors
@@ -59,6 +60,7 @@ pub fn quick(model: &Model) -> Result<Vec<Line>, DeviceError> {
     }
     // What is given up can no longer give a wrong answer.
     lines.extend(decode_ways(model, &ways::QUICK)?.into_iter().filter(|line| line.holds));
+    lines.extend(recorded_prefills(model, &prefill::QUICK)?.filter(|line| line.holds));
     Ok(lines)
 }
 
@@ -78,6 +80,24 @@ pub fn decode_ways(model: &Model, rows: &[usize]) -> Result<Vec<Line>, DeviceErr
         model.give_up(*way);
     }
     Ok(checked.into_iter().map(|(_, line)| line).collect())
+}
+
+/// Checks recorded prefills of these numbers of rows, shared by so many prompts each, against separate operations, and gives
+/// recording up if their bits differ. `None` where none is recorded.
+///
+/// # Errors
+/// The device's error.
+pub fn recorded_prefills(model: &Model, shapes: &[(usize, usize)]) -> Result<Option<Line>, DeviceError> {
+    let checked = prefill::check(model, shapes)?;
+    if let Some(line) = checked.as_ref().filter(|line| !line.holds) {
+        tracing::warn!(
+            "{}: {}; prefills are computed by separate operations from now on (slower, same answers)",
+            line.claim,
+            line.detail
+        );
+        model.give_up_recorded_prefills();
+    }
+    Ok(checked)
 }
 
 /// Checks every line of the contract that one process can check. `report` is told each line as soon as it is known.
@@ -101,6 +121,7 @@ pub fn full(model: &Arc<Model>, report: &mut dyn FnMut(&Line)) -> Result<bool, D
     };
     tell(linear::check(model, counts, head_counts)?);
     tell(ways::check(model, rows, ways::LENGTHS)?.into_iter().map(|(_, line)| line).collect());
+    tell(prefill::check(model, &prefill::FULL)?.into_iter().collect());
     tell(sequence::prefill_is_decode(model)?);
     tell(sequence::runs_repeat(model)?);
     tell(vec![residency(model.device())]);
