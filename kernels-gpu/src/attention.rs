@@ -113,24 +113,33 @@ pub fn probabilities<const N: usize>(scores: &[[f32; 4]; N], max: [f32; 2]) -> [
 #[inline(always)]
 #[must_use]
 pub fn probabilities_of<const N: usize>(scores: &[[f32; 4]; N], max: [f32; 2], rows: usize) -> [[u32; 2]; N] {
-    // Where no token is visible every score is negative infinity: subtract 0 instead, so that p is 0, not NaN.
-    let base = [finite_or_zero(max[0]), finite_or_zero(max[1])];
+    let base = base(max);
     let mut pairs = [[0u32; 2]; N];
     for row in 0..2 {
         if row == 1 && rows <= 8 {
             continue;
         }
         for n in 0..N {
-            let [low, high] = [0, 1].map(|i| math::exp2_of_negative(scores[n][row * 2 + i] - base[row]));
-            pairs[n][row] = bf16_pair(low, high);
+            pairs[n][row] = probability_pair([scores[n][row * 2], scores[n][row * 2 + 1]], base[row]);
         }
     }
     pairs
 }
 
+/// What the probabilities of rows with these maxima are relative to. Where no token is visible every score is negative
+/// infinity: 0 is subtracted instead, so that p is 0, not NaN.
 #[inline(always)]
-fn finite_or_zero(max: f32) -> f32 {
-    if max == f32::NEG_INFINITY { 0.0 } else { max }
+#[must_use]
+pub fn base(max: [f32; 2]) -> [f32; 2] {
+    max.map(|max| if max == f32::NEG_INFINITY { 0.0 } else { max })
+}
+
+/// The probabilities of two neighbours, for which [`base`] stands.
+#[inline(always)]
+#[must_use]
+pub fn probability_pair(scores: [f32; 2], base: f32) -> u32 {
+    let [low, high] = scores.map(|score| math::exp2_of_negative(score - base));
+    bf16_pair(low, high)
 }
 
 /// The sum of the whole span's probabilities of each row.
@@ -141,11 +150,25 @@ pub fn sum(pairs: &[[u32; 2]; TOKEN_TILES]) -> [f32; 2] {
     let mut sum = [0.0f32; 2];
     for n in 0..TOKEN_TILES {
         for row in 0..2 {
-            let (low, high) = unpack_bf16_pair(pairs[n][row]);
-            sum[row] += low;
-            sum[row] += high;
+            sum[row] = add_pair(sum[row], pairs[n][row]);
         }
     }
+    sum_of_lanes(sum)
+}
+
+/// A lane's sum with two further probabilities.
+#[inline(always)]
+#[must_use]
+pub fn add_pair(sum: f32, pair: u32) -> f32 {
+    let (low, high) = unpack_bf16_pair(pair);
+    sum + low + high
+}
+
+/// The sums of the rows from those of their lanes.
+#[inline(always)]
+#[must_use]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub fn sum_of_lanes(mut sum: [f32; 2]) -> [f32; 2] {
     for row in 0..2 {
         sum[row] += warp::shuffle_xor_f32(sum[row], 1);
         sum[row] += warp::shuffle_xor_f32(sum[row], 2);

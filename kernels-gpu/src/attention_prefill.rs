@@ -5,7 +5,8 @@ use cuda_std::prelude::*;
 use cuda_std::{cp_async, shared};
 
 use crate::attention::{
-    Merged, PAD, Rescale, SPAN, TOKEN_STEPS, TOKEN_TILES, combine, maximum, output, probabilities, scale, scores, sum,
+    Merged, PAD, Rescale, SPAN, TOKEN_STEPS, TOKEN_TILES, add_pair, base, combine, maximum, output, probability_pair,
+    scale, scores, sum_of_lanes,
 };
 
 /// Query rows of a tile, of which a warp has one or two.
@@ -20,7 +21,7 @@ pub const SHORT_BLOCK_ROWS: usize = 64;
 /// Numbers of a tile: first row, rows, position of the first row, start of the sequence's page table.
 pub const TILE_FIELDS: usize = 4;
 
-/// Spans in shared memory at once: one is computed, one is on its way.
+/// Keys of spans in shared memory at once, and values: one is computed, one is on its way.
 const STAGES: usize = 2;
 
 /// bf16 elements of a span's keys and values in shared memory.
@@ -32,6 +33,97 @@ const fn stage_elements(width: usize) -> usize {
 #[must_use]
 pub const fn shared_bytes(rows: usize, width: usize) -> usize {
     (STAGES * stage_elements(width) + rows * (width + PAD)) * size_of::<bf16>()
+}
+
+/// A span's probabilities, and what it takes to merge them.
+struct Weights<const ROWS: usize> {
+    max: [[f32; 2]; ROWS],
+    pairs: [[[u32; 2]; TOKEN_TILES]; ROWS],
+    /// The lane's own sums.
+    sums: [[f32; 2]; ROWS],
+}
+
+impl<const ROWS: usize> Weights<ROWS> {
+    /// Those of a span without visible tokens, which changes nothing.
+    const EMPTY: Self =
+        Self { max: [[f32::NEG_INFINITY; 2]; ROWS], pairs: [[[0; 2]; TOKEN_TILES]; ROWS], sums: [[0.0; 2]; ROWS] };
+
+    /// The probabilities of tile `n`; tiles come in their order.
+    #[inline(always)]
+    fn add(&mut self, n: usize, scores: &[[[f32; 4]; TOKEN_TILES]; ROWS], base: &[[f32; 2]; ROWS]) {
+        for r in 0..ROWS {
+            for half in 0..2 {
+                let pair = [scores[r][n][half * 2], scores[r][n][half * 2 + 1]];
+                self.pairs[r][n][half] = probability_pair(pair, base[r][half]);
+                self.sums[r][half] = here(add_pair(self.sums[r][half], self.pairs[r][n][half]));
+            }
+        }
+    }
+
+    /// Merges maxima and sums, and returns the factors for the values.
+    #[inline(always)]
+    fn merge(&self, merged: &mut [[Merged; 2]; ROWS]) -> [[Rescale; 2]; ROWS] {
+        let mut rescale = [[Rescale { before: 1.0, span: -0.0 }; 2]; ROWS];
+        for r in 0..ROWS {
+            let sums = sum_of_lanes(self.sums[r]);
+            for half in 0..2 {
+                rescale[r][half] = merged[r][half].add(self.max[r][half], sums[half]);
+            }
+        }
+        rescale
+    }
+}
+
+/// Takes tokens away that a row does not see, as [`scale`] does: here the lane's own first token is taken from what is
+/// visible, so that the tokens to compare are constants, not 16 registers.
+#[inline(always)]
+fn mask(scores: &mut [[f32; 4]; TOKEN_TILES], visible: [u32; 2], t: u32) {
+    let visible = visible.map(|visible| visible.saturating_sub(t * 2));
+    for n in 0..TOKEN_TILES {
+        for element in 0..4 {
+            if (n * 8 + element % 2) as u32 >= visible[element / 2] {
+                scores[n][element] = f32::NEG_INFINITY;
+            }
+        }
+    }
+}
+
+/// The same number, computed where it is written: the compiler would make most sums behind the last branch.
+#[inline(always)]
+fn here(value: f32) -> f32 {
+    f32::from_bits(thread::number_anew(value.to_bits()))
+}
+
+/// Weighs 8 columns of a span's values, columns 8 n and following.
+#[inline(always)]
+fn weigh<const ROWS: usize>(
+    n: usize,
+    values: &mma::ReadBSteps,
+    value_row: usize,
+    pairs: &[[[u32; 2]; TOKEN_TILES]; ROWS],
+) -> [[f32; 4]; ROWS] {
+    let [first, second] = values.load(n * 8 * value_row);
+    let [third, fourth] = values.load(n * 8 * value_row + 32);
+    let mut parts = [[0.0; 4]; ROWS];
+    for r in 0..ROWS {
+        parts[r] = output(&pairs[r], [first, second, third, fourth]).map(here);
+    }
+    parts
+}
+
+/// Merges what [`weigh`] gave.
+#[inline(always)]
+fn merge<const ROWS: usize, const TILES: usize>(
+    n: usize,
+    parts: [[f32; 4]; ROWS],
+    rescale: &[[Rescale; 2]; ROWS],
+    sums: &mut [[[f32; 4]; TILES]; ROWS],
+) {
+    for r in 0..ROWS {
+        for element in 0..4 {
+            sums[r][n][element] = here(combine(rescale[r][element / 2], sums[r][n][element], parts[r][element]));
+        }
+    }
 }
 
 /// One block. `ROWS` is the number of a warp's row tiles: with two, every operand of keys and values that is read from shared
@@ -50,6 +142,11 @@ fn prefill<const WARPS: usize, const ROWS: usize, const STEPS: usize, const TILE
     factor: f32,
 ) {
     let width = STEPS * 16;
+    // Whether a span's values are weighed while the next one's probabilities are computed. A warp of two tiles shares its
+    // scheduler with one other, which is in the same phase after each barrier; so it gives the tensor cores and the units for
+    // exponentials work at once by itself. It costs the registers of a span's probabilities: too many with one tile a warp,
+    // of which there are four, or where the assembler loads far ahead.
+    let late = ROWS == 2 && !cfg!(target_feature = "sm_120");
     let (key_row, value_row) = (width + PAD, SPAN + PAD);
     let staged: Shared<bf16> = shared::dynamic(0, STAGES * stage_elements(width));
     let queries_at = STAGES * stage_elements(width) * size_of::<bf16>();
@@ -83,25 +180,23 @@ fn prefill<const WARPS: usize, const ROWS: usize, const STEPS: usize, const TILE
             piece / per_row * row + piece % per_row * 8
         }
     };
-    // Starts a span's keys and values on their way to its stage.
-    let fetch = |span_index: u32, page: u32| {
-        let page_start = (page as usize * kv_heads as usize + kv_head as usize) * (SPAN * width);
+    // Where the keys of a page start, and its values in theirs.
+    let page_start = |page: u32| (page as usize * kv_heads as usize + kv_head as usize) * (SPAN * width);
+    let stage_of = |span: u32| span as usize % STAGES * stage_elements(width);
+    let values_of = |span: u32| stage_of(span) + SPAN * key_row;
+    // Starts a span's keys on their way to its stage.
+    let fetch_keys = |span: u32, page: u32| {
+        let page_start = page_start(page);
         key_pages.check(page_start, SPAN * width);
-        let keys = span_index as usize % STAGES * stage_elements(width);
-        let values = keys + SPAN * key_row;
-        let from = page_start + thread as usize * 8;
-        let present = end - span_index * SPAN as u32;
+        let keys = stage_of(span);
+        let present = end - span * SPAN as u32;
         if present >= SPAN as u32 {
+            let from = page_start + thread as usize * 8;
             for i in 0..SPAN * width / 8 / threads {
                 let to = keys + place(i, width / 8, key_row);
-                // SAFETY: the pieces are those of the page, which is in the cache (checked above; there are as many values
-                // as keys, checked at the start); both sides are multiples of 16 bytes.
+                // SAFETY: the pieces are those of the page, which is in the cache (checked above); both sides are multiples
+                // of 16 bytes.
                 unsafe { cp_async::copy_unchecked::<_, 8>(&staged, to, &key_pages, from + i * threads * 8) };
-            }
-            for i in 0..SPAN * width / 8 / threads {
-                let to = values + place(i, SPAN / 8, value_row);
-                // SAFETY: as above.
-                unsafe { cp_async::copy_unchecked::<_, 8>(&staged, to, &value_pages, from + i * threads * 8) };
             }
         } else {
             // Tokens that are not there become zeros: memory that nobody wrote is not read.
@@ -114,6 +209,26 @@ fn prefill<const WARPS: usize, const ROWS: usize, const STEPS: usize, const TILE
                 } else {
                     staged.store(to, [bf16::ZERO; 8]);
                 }
+                piece += threads;
+            }
+        }
+    };
+    // The same of its values.
+    let fetch_values = |span: u32, page: u32| {
+        let page_start = page_start(page);
+        let values = values_of(span);
+        let present = end - span * SPAN as u32;
+        if present >= SPAN as u32 {
+            let from = page_start + thread as usize * 8;
+            for i in 0..SPAN * width / 8 / threads {
+                let to = values + place(i, SPAN / 8, value_row);
+                // SAFETY: as above; the keys of the same page have been fetched, and there are as many values as keys
+                // (checked at the start).
+                unsafe { cp_async::copy_unchecked::<_, 8>(&staged, to, &value_pages, from + i * threads * 8) };
+            }
+        } else {
+            let mut piece = thread as usize;
+            while piece < SPAN * width / 8 {
                 let token = piece % (SPAN / 8) * 8;
                 let to = values + piece / (SPAN / 8) * value_row + token;
                 if token as u32 + 8 <= present {
@@ -130,9 +245,13 @@ fn prefill<const WARPS: usize, const ROWS: usize, const STEPS: usize, const TILE
                 piece += threads;
             }
         }
-        cp_async::commit_group();
     };
-    fetch(0, page_tables.get(table as usize));
+    let mut page = page_tables.get(table as usize);
+    fetch_keys(0, page);
+    if !late {
+        fetch_values(0, page);
+    }
+    cp_async::commit_group();
     // Always one page ahead of the copies, so that nothing waits for a page's number.
     let mut next_page = if spans > 1 { page_tables.get(table as usize + 1) } else { 0 };
 
@@ -159,69 +278,104 @@ fn prefill<const WARPS: usize, const ROWS: usize, const STEPS: usize, const TILE
         }
     };
 
+    // The same for what is to take turns: the assembler would issue all products first, then all exponentials. A comparison and
+    // a branch each.
+    let apart = |place: usize| {
+        if kv_heads == u32::MAX - 100 - place as u32 {
+            tiles.check(usize::MAX, 1);
+        }
+    };
+
     let mut merged = [[Merged::EMPTY; 2]; ROWS];
     let mut sums = [[[0.0f32; 4]; TILES]; ROWS];
+    // Of the span whose values are still to be weighed.
+    let mut last = Weights::<ROWS>::EMPTY;
     // One past the last position that a row of this warp has; nothing for a warp without rows.
     let last_row = if warp_row + warp_rows <= rows { warp_row + warp_rows } else { rows };
     let warp_end = if warp_row < rows { first_position + last_row } else { 0 };
-    let mut span_index = 0;
-    while span_index < spans {
+    let mut span = 0;
+    while span < spans + u32::from(late) {
         cp_async::wait_group::<0>();
-        // This span has landed for all, and all have left the one before it, whose stage the next one takes.
+        // What this turn takes has landed for all, and all have left what the last one took, whose place comes next.
         thread::sync_threads();
-        if span_index + 1 < spans {
-            fetch(span_index + 1, next_page);
-            if span_index + 2 < spans {
-                next_page = page_tables.get((table + span_index) as usize + 2);
+        if late && span < spans {
+            fetch_values(span, page);
+        }
+        if span + 1 < spans {
+            page = next_page;
+            fetch_keys(span + 1, page);
+            if !late {
+                fetch_values(span + 1, page);
+            }
+            if span + 2 < spans {
+                next_page = page_tables.get((table + span) as usize + 2);
             }
         }
-        let span_start = span_index * SPAN as u32;
-        let stage = span_index as usize % STAGES * stage_elements(width);
-        span_index += 1;
-        if span_start >= warp_end {
-            continue;
-        }
-
-        let keys = mma::ReadBColumns::new(&staged, stage, key_row);
-        let key = |pair: usize, s: usize| {
-            if (ROWS == 2 || pair.is_multiple_of(2)) && s + pair > 0 {
-                stop_loading_ahead(s * 4 + pair);
-            }
-            keys.load(pair * 16 * key_row + s * 16)
-        };
-        let mut tile = scores::<STEPS, TOKEN_TILES, ROWS>(|r, s| query.load(r * TILE_ROWS * key_row + s * 16), key);
-        // Only the spans on the diagonal have tokens that some row does not see.
-        let first_seen = first_position + warp_row + 1;
-        let diagonal = span_start + SPAN as u32 > first_seen;
-        let mut pairs = [[[0u32; 2]; TOKEN_TILES]; ROWS];
-        let mut rescale = [[Rescale { before: 1.0, span: -0.0 }; 2]; ROWS];
-        for r in 0..ROWS {
-            let first_seen = first_seen + (r * TILE_ROWS) as u32;
-            let visible = if diagonal {
-                Some([0, 8].map(|offset| (first_seen + g + offset).saturating_sub(span_start)))
-            } else {
-                None
+        cp_async::commit_group();
+        let span_start = span * SPAN as u32;
+        if span_start < warp_end {
+            let keys = mma::ReadBColumns::new(&staged, stage_of(span), key_row);
+            let key = |pair: usize, s: usize| {
+                if (ROWS == 2 || pair.is_multiple_of(2)) && s + pair > 0 {
+                    stop_loading_ahead(s * 4 + pair);
+                }
+                keys.load(pair * 16 * key_row + s * 16)
             };
-            scale(&mut tile[r], factor, visible);
-            let max = maximum(&tile[r]);
-            pairs[r] = probabilities(&tile[r], max);
-            let span_sum = sum(&pairs[r]);
-            rescale[r] = [merged[r][0].add(max[0], span_sum[0]), merged[r][1].add(max[1], span_sum[1])];
-        }
-        let values = stage + SPAN * key_row;
-        for n in 0..TILES {
-            if ROWS == 2 || n.is_multiple_of(2) {
-                stop_loading_ahead(STEPS * 4 + n);
-            }
-            let [first, second] = mma::load_b_steps(&staged, values + n * 8 * value_row, value_row);
-            let [third, fourth] = mma::load_b_steps(&staged, values + n * 8 * value_row + 32, value_row);
+            let mut tile = scores::<STEPS, TOKEN_TILES, ROWS>(|r, s| query.load(r * TILE_ROWS * key_row + s * 16), key);
+            // While the products are on their way.
+            let rescale = if late { last.merge(&mut merged) } else { [[Rescale { before: 1.0, span: -0.0 }; 2]; ROWS] };
+            // Only the spans on the diagonal have tokens that some row does not see.
+            let first_seen = first_position + warp_row + 1;
+            let diagonal = span_start + SPAN as u32 > first_seen;
+            let mut next = Weights::<ROWS>::EMPTY;
+            let mut bases = [[0.0; 2]; ROWS];
             for r in 0..ROWS {
-                let part = output(&pairs[r], [first, second, third, fourth]);
-                for element in 0..4 {
-                    sums[r][n][element] = combine(rescale[r][element / 2], sums[r][n][element], part[element]);
+                let first_seen = first_seen + (r * TILE_ROWS) as u32 + g;
+                scale(&mut tile[r], factor, None);
+                if diagonal {
+                    mask(&mut tile[r], [0, 8].map(|offset| (first_seen + offset).saturating_sub(span_start)), t);
+                }
+                next.max[r] = maximum(&tile[r]);
+                bases[r] = base(next.max[r]);
+            }
+            if late && span > 0 {
+                let values = mma::ReadBSteps::new(&staged, values_of(span - 1), value_row);
+                let mut parts = [[0.0; 4]; ROWS];
+                for n in 0..TILES {
+                    apart(n);
+                    let now = weigh(n, &values, value_row, &last.pairs);
+                    for j in n * TOKEN_TILES / TILES..(n + 1) * TOKEN_TILES / TILES {
+                        next.add(j, &tile, &bases);
+                    }
+                    // Not this tile's, which would wait for its products.
+                    if n > 0 {
+                        merge(n - 1, parts, &rescale, &mut sums);
+                    }
+                    parts = now;
+                }
+                merge(TILES - 1, parts, &rescale, &mut sums);
+            } else {
+                for j in 0..TOKEN_TILES {
+                    next.add(j, &tile, &bases);
                 }
             }
+            last = next;
         }
+        // All values, or those of the last span that the warp sees, behind it.
+        let weighed = if late { span.wrapping_sub(1) } else { span };
+        let weighs =
+            if late { span_start >= warp_end && span_start < warp_end + SPAN as u32 } else { span_start < warp_end };
+        if weighs && weighed < spans {
+            let rescale = last.merge(&mut merged);
+            let values = mma::ReadBSteps::new(&staged, values_of(weighed), value_row);
+            for n in 0..TILES {
+                if ROWS == 2 || n.is_multiple_of(2) {
+                    stop_loading_ahead(STEPS * 4 + n);
+                }
+                merge(n, weigh(n, &values, value_row, &last.pairs), &rescale, &mut sums);
+            }
+        }
+        span += 1;
     }
 
     // Read again rather than kept in registers over the loop.
@@ -252,8 +406,8 @@ macro_rules! prefill_kernel {
         /// - `q`: f32 \[T, q_stride\], query heads from column 0 on, rounded to bf16 here; pages as in
         ///   [`crate::kv_write`], the rows' own keys and values in them; `page_tables`: u32, of all sequences; `tiles`: u32
         ///   \[tiles, [`TILE_FIELDS`]\], each some consecutive tokens of one sequence; `out`: bf16 \[T, H, D\].
-        /// - grid (H, tiles), the longest contexts first; a warp takes 16 rows, or 32 in the `wide` kernel; a block stages each span's keys and values
-        ///   in shared memory.
+        /// - grid (H, tiles), the longest contexts first; a warp takes 16 rows, or 32 in the `wide`
+        ///   kernel; a block stages each span's keys and values in shared memory.
         /// - bytes: 4 D per token of context, query head and tile.
         /// - the caller: a tile has at most 16 rows per warp of the block; `ratio` = H / G; [`shared_bytes`] of dynamic
         ///   shared memory for these rows; `q` and pages are multiples of 16 bytes.
