@@ -20,6 +20,7 @@
 //! | `few` | what the linear layers of few tokens share; each is fused with its neighbours in `few_qkv`, `few_residual`, `few_gate_up`, `few_logits` |
 //! | `decode_step` | a whole step of one token in one kernel (`weight_ring`: its weights) |
 //! | `tiles` | the linear layers of many tokens, with what stands behind them: `tile_qkv`, `tile_parts`, `tile_gate_up`, `tile_logits` |
+//! | `warpgroup_tiles` | the same on Hopper, from more rows on: `wgmma_parts`, `wgmma_gate_up`, `wgmma_logits` |
 //! | `differing` | bit comparison, for the self-test |
 #![cfg_attr(target_arch = "nvptx64", no_std)]
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch))]
@@ -68,7 +69,11 @@ pub mod tile_logits;
 pub mod tile_parts;
 pub mod tile_qkv;
 pub mod tiles;
+pub mod warpgroup_tiles;
 pub mod weight_ring;
+pub mod wgmma_gate_up;
+pub mod wgmma_logits;
+pub mod wgmma_parts;
 
 /// Every kernel: what the host checks the PTX against.
 #[cfg(not(target_arch = "nvptx64"))]
@@ -139,6 +144,15 @@ pub const KERNELS: &[&cuda_std::launch::KernelDesc] = &[
     tile_qkv::tile_qkv_16::KERNEL,
     tile_qkv::tile_qkv_32::KERNEL,
     tile_qkv::tile_qkv_64::KERNEL,
+    wgmma_gate_up::wgmma_gate_up_64::KERNEL,
+    wgmma_gate_up::wgmma_gate_up_128::KERNEL,
+    wgmma_gate_up::wgmma_gate_up_256::KERNEL,
+    wgmma_logits::wgmma_logits_64::KERNEL,
+    wgmma_logits::wgmma_logits_128::KERNEL,
+    wgmma_logits::wgmma_logits_256::KERNEL,
+    wgmma_parts::wgmma_parts_64::KERNEL,
+    wgmma_parts::wgmma_parts_128::KERNEL,
+    wgmma_parts::wgmma_parts_256::KERNEL,
 ];
 
 /// Kernels that only define what a fused one computes: tests compare with them, no model launches them.

@@ -46,9 +46,21 @@ const TENSOR_CORES: [&str; 38] = [
     "tile_qkv_64",
 ];
 
-/// Kernels whose blocks wait for each other, which the executor does not do. `decode_step` compares them with the separate
-/// operations on a GPU, and so does the self-test, on every model of the GPU tests.
-const GPU_ONLY: [&str; 2] = ["decode_step_32", "decode_step_64"];
+/// Kernels whose blocks wait for each other or for the copy engine, which the executor does not do. `decode_step` and `tiles` compare
+/// them with the separate operations on a GPU, and so does the self-test, on every model of the GPU tests.
+const GPU_ONLY: [&str; 11] = [
+    "decode_step_32",
+    "decode_step_64",
+    "wgmma_gate_up_64",
+    "wgmma_gate_up_128",
+    "wgmma_gate_up_256",
+    "wgmma_logits_64",
+    "wgmma_logits_128",
+    "wgmma_logits_256",
+    "wgmma_parts_64",
+    "wgmma_parts_128",
+    "wgmma_parts_256",
+];
 
 /// Cases and values of a kernel.
 #[derive(Clone, Copy, Default)]

@@ -1,8 +1,10 @@
-//! The tiles of linear layers against the separate operations, bit by bit.
+//! The tiles of linear layers, by warps and by warpgroups, against the separate operations, bit by bit.
+//!
+//! Only a GPU with `wgmma` runs the kernels of warpgroups; on others their part of a test is left out, which it says.
 
 use half::bf16;
 use host::device::{MemoryKind, Weight};
-use host::ops::{self, BlockTokens, HeadShape, PAGE, PagesMut, Places};
+use host::ops::{self, BlockTokens, HeadShape, Mapped, PAGE, PagesMut, Places, TensorMaps};
 use host::testing::TestRng;
 
 use crate::compare::assert_same;
@@ -14,6 +16,22 @@ const BLOCKS: [usize; 3] = [16, 32, 64];
 /// The kernel of an operation for a number of tokens in a block.
 fn kernel(names: [&'static str; 3], block: usize) -> &'static str {
     names[BLOCKS.iter().position(|&tokens| tokens == block).unwrap()]
+}
+
+/// Tokens of a block of a warpgroup's kernel, where there are such kernels.
+fn warpgroup_blocks(rig: &Rig) -> &'static [usize] {
+    if rig.device.kernel_image() == Some("sm_90a") {
+        return &[64, 128, 256];
+    }
+    if rig.device.is_cuda() {
+        println!("no wgmma on {}: its kernels are not tested", rig.device.name());
+    }
+    &[]
+}
+
+/// The kernel of warpgroups of an operation for a number of tokens in a block.
+fn warpgroup_kernel(names: [&'static str; 3], block: usize) -> &'static str {
+    names[[64, 128, 256].iter().position(|&tokens| tokens == block).unwrap()]
 }
 
 /// A model's sizes.
@@ -174,6 +192,16 @@ pub(crate) fn parts(rig: &mut Rig) {
                 let what = format!("{name}, {tokens} tokens of {width} x {outputs} in {segments} segments");
                 assert_same(&rig.read(name, &out), &expected, &what);
             }
+            for &block in warpgroup_blocks(rig) {
+                let name = warpgroup_kernel(["wgmma_parts_64", "wgmma_parts_128", "wgmma_parts_256"], block);
+                let maps = [Mapped::PartsInput(x.view(), width), Mapped::Parts(&layer)];
+                let maps = TensorMaps::new(&device, maps).unwrap();
+                let mut out = rig.unwritten::<f32>(segments * tokens * outputs);
+                let block = BlockTokens::Of(block);
+                ops::wgmma_parts(&device, block, &maps, segments, &x.view(), &layer, &mut out.view_mut()).unwrap();
+                let what = format!("{name}, {tokens} tokens of {width} x {outputs} in {segments} segments");
+                assert_same(&rig.read(name, &out), &expected, &what);
+            }
         }
     }
 }
@@ -195,6 +223,14 @@ pub(crate) fn gate_up(rig: &mut Rig) {
             let name = kernel(["tile_gate_up_16", "tile_gate_up_32", "tile_gate_up_64"], block);
             let mut out = rig.unwritten::<bf16>(tokens * ffn);
             ops::tile_gate_up(&device, BlockTokens::Of(block), &x.view(), &layer, &mut out.view_mut()).unwrap();
+            assert_same(&rig.read(name, &out), &expected, &format!("{name}, {tokens} tokens of {hidden} x {ffn}"));
+        }
+        for &block in warpgroup_blocks(rig) {
+            let name = warpgroup_kernel(["wgmma_gate_up_64", "wgmma_gate_up_128", "wgmma_gate_up_256"], block);
+            let maps =
+                TensorMaps::new(&device, [Mapped::GateUpInput(x.view(), hidden), Mapped::GateUp(&layer)]).unwrap();
+            let mut out = rig.unwritten::<bf16>(tokens * ffn);
+            ops::wgmma_gate_up(&device, BlockTokens::Of(block), &maps, &x.view(), &layer, &mut out.view_mut()).unwrap();
             assert_same(&rig.read(name, &out), &expected, &format!("{name}, {tokens} tokens of {hidden} x {ffn}"));
         }
     }
@@ -231,6 +267,30 @@ pub(crate) fn logits(rig: &mut Rig) {
                 ops::tile_logits(
                     &device,
                     BlockTokens::Of(block),
+                    &x.view(),
+                    &layer,
+                    &mut found.view_mut(),
+                    &mut best.view_mut(),
+                    &mut chosen.view_mut(),
+                )
+                .unwrap();
+                let what = format!("{name}, {tokens} tokens of {hidden} x {vocab}");
+                assert_same(&rig.read(name, &found), &logits[..wanted], &what);
+                assert_same(&rig.read(name, &chosen), &ids, &what);
+            }
+        }
+        for &block in warpgroup_blocks(rig) {
+            let name = warpgroup_kernel(["wgmma_logits_64", "wgmma_logits_128", "wgmma_logits_256"], block);
+            let maps =
+                TensorMaps::new(&device, [Mapped::LogitsInput(x.view(), hidden), Mapped::Logits(&layer)]).unwrap();
+            for wanted in [tokens * vocab, 0] {
+                let mut found = rig.unwritten::<f32>(wanted);
+                let mut best = rig.unwritten::<u64>(ops::wgmma_best_len(&device, tokens));
+                let mut chosen = rig.unwritten::<u32>(tokens);
+                ops::wgmma_logits(
+                    &device,
+                    BlockTokens::Of(block),
+                    &maps,
                     &x.view(),
                     &layer,
                     &mut found.view_mut(),

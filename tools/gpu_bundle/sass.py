@@ -19,10 +19,12 @@ import tempfile
 # What is counted: a column, and the instructions in it (a prefix, and modifiers that must all be there).
 COLUMNS = {
     "HMMA": ("HMMA", ()),  # tensor cores
+    "HGMMA": ("HGMMA", ()),  # tensor cores, by warpgroups
     "LDSM": ("LDSM", ()),  # ldmatrix
     "LDGSTS.128": ("LDGSTS", ("BYPASS", "128")),  # 16-byte cp.async that leaves L1 out
     "LDGSTS": ("LDGSTS", ()),
     "UBLKCP": ("UBLKCP", ()),  # bulk copies
+    "UTMALDG": ("UTMALDG", ()),  # copies of boxes
     "LDG.128": ("LDG", ("128",)),
     "LDG.64": ("LDG", ("64",)),
     "LDG": ("LDG", ()),
@@ -56,6 +58,7 @@ MEANT = {
     "sample_masses": ("LDG.128", "ACQBULK"),
     "log_probs": ("ACQBULK",),
     "few_argmax": ("ACQBULK",),
+    "wgmma_*": ("HGMMA", "UTMALDG", "ACQBULK"),
     "decode_step_*": ("HMMA", "LDSM", "UBLKCP", "ACQBULK"),
 }
 # Copies of these kernels to shared memory all have 16 bytes and leave L1 out.

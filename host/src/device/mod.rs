@@ -13,6 +13,7 @@
 //! | `pending` | small downloads that are collected later |
 //! | `recording` | launches that are started again as a whole |
 //! | `stopwatch` | how long the device takes |
+//! | `tensor_map` | how a GPU's copy engine sees a matrix |
 //! | `ptx` | kernel images: choosing one, checking its parameters |
 //! | `error` | typed errors with frozen codes |
 //! | `cpu` | the executor's device |
@@ -33,6 +34,7 @@ pub use pending::Pending;
 pub use ptx::{KernelImage, KernelImages};
 pub use recording::Recording;
 pub use stopwatch::Stopwatch;
+pub use tensor_map::{Dimension, TENSOR_MAP_WORDS};
 pub use tracker::{MemoryKind, MemoryRecord, MemoryTracker};
 
 mod buffer;
@@ -45,6 +47,7 @@ mod pending;
 mod ptx;
 mod recording;
 mod stopwatch;
+mod tensor_map;
 mod tracker;
 
 /// How much memory a device has, in bytes.

@@ -78,11 +78,12 @@ impl Plan {
     const WHOLE_BIT: u8 = 1 << 6;
     const FEW_BIT: u8 = 1 << 7;
 
-    /// What was fastest for a model of 0.5 billion parameters on an H100: with more rows, our tiles read their operands from the
-    /// second-level cache more often than the library's larger ones.
-    fn guess(rows: usize) -> Self {
+    /// What was fastest for a model of 0.5 billion parameters on an H100: with more rows, tiles of warps read their operands from the
+    /// second-level cache more often than the library's larger ones. Those of warpgroups do not.
+    fn guess(rows: usize, warpgroups: bool) -> Self {
         let tiled = match rows {
             0..=32 => Tiled::ALL,
+            _ if warpgroups => Tiled::ALL,
             33..=64 => Tiled::NARROW.toggled(Linear::Head),
             65..=128 => Tiled::NARROW.toggled(Linear::Down),
             _ => Tiled::NONE.toggled(Linear::Qkv),
@@ -114,6 +115,8 @@ pub(super) struct Ways {
     whole: AtomicBool,
     few: AtomicBool,
     tiles: AtomicBool,
+    /// Tiles of many rows by warpgroups.
+    warpgroups: bool,
     recorded: AtomicBool,
     /// A packed [`Plan`] for each rung.
     plans: [AtomicU8; RUNGS.len()],
@@ -127,14 +130,16 @@ impl Ways {
     /// Those that the device and the shapes allow, and guesses of what is fastest.
     pub(super) fn new(device: &Device, heads: HeadShape, config: &ModelConfig) -> Self {
         let tensor_cores = device.tensor_cores();
+        let warpgroups = tensor_cores && ops::wgmma_fits(device, config.hidden, config.ffn);
         Self {
             whole: AtomicBool::new(
                 tensor_cores && ops::decode_step_fits(device, heads, config.hidden, config.ffn, config.layers),
             ),
             few: AtomicBool::new(tensor_cores && ops::few_fits(device, heads, config.hidden, config.ffn)),
             tiles: AtomicBool::new(tensor_cores && ops::tiles_fits(device, heads, config.hidden, config.ffn)),
+            warpgroups,
             recorded: AtomicBool::new(tensor_cores),
-            plans: RUNGS.map(|rung| AtomicU8::new(Plan::guess(rung).packed())),
+            plans: RUNGS.map(|rung| AtomicU8::new(Plan::guess(rung, warpgroups).packed())),
             prefills: AtomicBool::new(tensor_cores),
             wide_warps: AtomicBool::new(false),
         }
@@ -163,6 +168,10 @@ impl Ways {
 
     pub(super) fn has_tiles(&self) -> bool {
         self.is_open(DecodeWay::Tiles)
+    }
+
+    pub(super) fn has_warpgroups(&self) -> bool {
+        self.warpgroups
     }
 
     pub(super) fn has_recorded_prefills(&self) -> bool {
@@ -226,6 +235,7 @@ mod tests {
             whole: AtomicBool::new(true),
             few: AtomicBool::new(true),
             tiles: AtomicBool::new(true),
+            warpgroups: false,
             recorded: AtomicBool::new(true),
             plans: [
                 (true, all),

@@ -7,7 +7,7 @@ use super::decode::{self, Tokens};
 use super::recordings::Recordings;
 use super::{Model, StepLimits, prefill};
 use crate::device::{Buffer, Device, DeviceError, MemoryKind, Slice, contract};
-use crate::ops::{self, PAGE, PrefillTiles, ROW_WORDS, StepMemory};
+use crate::ops::{self, Mapped, PAGE, PrefillTiles, ROW_WORDS, StepMemory, TensorMaps};
 
 /// f32 elements of attention partials (64 MiB) that a step has at most, as long as one row needs no more. Hundreds of
 /// long contexts would need gigabytes; beyond this they are computed in groups, one after the other.
@@ -51,6 +51,8 @@ pub struct Workspace {
     pub(super) prefills: Recordings<prefill::Bucket>,
     /// Of steps in one kernel.
     pub(super) step_memory: StepMemory,
+    /// Of the weights and of what is multiplied with them, where warpgroups multiply.
+    pub(super) tensor_maps: Option<TensorMaps>,
 }
 
 impl Model {
@@ -72,7 +74,7 @@ impl Model {
         let part_rows = (segments(heads.query_width()) * limits.rows).max(segments(config.ffn) * feed_rows);
         let activation = |len: usize, label: &str| device.alloc_unwritten::<f32>(len, MemoryKind::Activations, label);
         let operand = |len: usize, label: &str| device.alloc_unwritten::<bf16>(len, MemoryKind::Activations, label);
-        Ok(Workspace {
+        let mut workspace = Workspace {
             limits,
             vocab: config.vocab,
             indices: device.alloc_unwritten(indices, MemoryKind::Activations, "step indices")?,
@@ -96,7 +98,9 @@ impl Model {
             head_rows: activation(limits.logits_rows * config.hidden, "rows with logits")?,
             head_normed: operand(limits.logits_rows * config.hidden, "normalised rows with logits")?,
             best: device.alloc_unwritten(
-                ops::best_len(device).max(ops::tile_best_len(device)),
+                ops::best_len(device)
+                    .max(ops::tile_best_len(device))
+                    .max(ops::wgmma_best_len(device, limits.logits_rows)),
                 MemoryKind::Activations,
                 "best tokens",
             )?,
@@ -104,7 +108,27 @@ impl Model {
             recordings: Recordings::new(decode::RECORDINGS),
             prefills: Recordings::new(prefill::RECORDINGS),
             step_memory: StepMemory::new(device, heads, config.hidden, config.ffn, config.layers)?,
-        })
+            tensor_maps: None,
+        };
+        if self.ways.has_warpgroups() {
+            workspace.tensor_maps = Some(self.tensor_maps(&mut workspace)?);
+        }
+        Ok(workspace)
+    }
+
+    /// The tensor maps of its weights and of a workspace's values.
+    fn tensor_maps(&self, workspace: &mut Workspace) -> Result<TensorMaps, DeviceError> {
+        let (hidden, ffn) = (self.config().hidden, self.config().ffn);
+        let gated = workspace.arena.layers()?.gated;
+        let values = [
+            Mapped::GateUpInput(workspace.normed.as_slice(), hidden),
+            Mapped::PartsInput(gated.as_slice(), ffn),
+            Mapped::LogitsInput(workspace.head_normed.as_slice(), hidden),
+            Mapped::Logits(self.head()),
+        ];
+        let layers = self.parameters.layers.iter();
+        let weights = layers.flat_map(|layer| [Mapped::GateUp(&layer.gate_up), Mapped::Parts(&layer.down)]);
+        TensorMaps::new(self.device(), values.into_iter().chain(weights))
     }
 }
 
@@ -137,6 +161,7 @@ impl Workspace {
             best,
             chosen,
             step_memory,
+            tensor_maps: _,
             // Uploaded for each step, or left as they were found, or no values.
             limits: _,
             vocab: _,

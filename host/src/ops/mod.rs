@@ -13,6 +13,7 @@ mod linear;
 mod rows;
 mod sampling;
 mod tiles;
+mod wgmma;
 
 pub use attention::{
     DecodeBlocks, DecodeScratch, HeadShape, NO_ROW, Pages, PagesMut, PrefillTiles, Segment, TileKind, attention_decode,
@@ -35,6 +36,7 @@ pub use sampling::{
     LogProbs, SampleParams, argmax, log_probs, penalties, sample, sample_scratch_len, spare_for_choosing,
 };
 pub use tiles::{BlockTokens, tile_best_len, tile_gate_up, tile_logits, tile_parts, tile_qkv, tiles_fits};
+pub use wgmma::{Mapped, TensorMaps, wgmma_best_len, wgmma_fits, wgmma_gate_up, wgmma_logits, wgmma_parts};
 
 use crate::device::DeviceError;
 

@@ -8,7 +8,8 @@
 //! Two things happen to the compiler's text, no more:
 //! - `#[kernel(block = N)]` leaves the comment `// lockstep.block N` in the body of its entry. It becomes the
 //!   directive `.maxntid N, 1, 1`, so that ptxas shares the register file among exactly that many threads. The
-//!   comment `// lockstep.min_blocks N`, where a kernel has it, becomes `.minnctapersm N`;
+//!   comment `// lockstep.min_blocks N`, where a kernel has it, becomes `.minnctapersm N`, and `// lockstep.cluster N`
+//!   becomes `.reqnctapercluster N, 1, 1`;
 //! - a call that nothing defines is refused here, with the kernel that makes it, instead of by the driver.
 //!
 //! | file | what it holds |

@@ -10,6 +10,9 @@ const BLOCK_MARKER: &str = "// lockstep.block ";
 /// registers; one that says nothing leaves the choice to ptxas, which for some GPUs spills to fit more blocks.
 const MIN_BLOCKS_MARKER: &str = "// lockstep.min_blocks ";
 
+/// The comment that asks for clusters of so many blocks.
+const CLUSTER_MARKER: &str = "// lockstep.cluster ";
+
 /// The most threads that a block can have on any GPU, and more blocks than a multiprocessor holds.
 const MAX_BLOCK: u32 = 1024;
 
@@ -153,7 +156,7 @@ pub fn entries(ptx: &str) -> Result<Vec<Entry>, String> {
 }
 
 /// Adds `.maxntid N, 1, 1` to each entry, whose body holds the comment `// lockstep.block N`, and `.minnctapersm N` where it
-/// holds `// lockstep.min_blocks N`; the rest stays as it is.
+/// holds `// lockstep.min_blocks N`, and `.reqnctapercluster N, 1, 1` where it holds `// lockstep.cluster N`; the rest stays as it is.
 ///
 /// # Errors
 /// Every entry that has no marker, more than one block size, or a `.maxntid` already.
@@ -166,9 +169,10 @@ pub fn add_block_sizes(ptx: &str) -> Result<String, Vec<String>> {
             continue;
         }
         let body = &ptx[body];
-        let marks = marked(body, BLOCK_MARKER).and_then(|block| Ok((block, marked(body, MIN_BLOCKS_MARKER)?)));
+        let marks = marked(body, BLOCK_MARKER)
+            .and_then(|block| Ok((block, marked(body, MIN_BLOCKS_MARKER)?, marked(body, CLUSTER_MARKER)?)));
         match marks {
-            Ok((Some(block), min_blocks)) => {
+            Ok((Some(block), min_blocks, cluster)) => {
                 text.push_str(&ptx[copied..function.header.end]);
                 if !text.ends_with('\n') {
                     text.push('\n');
@@ -177,9 +181,12 @@ pub fn add_block_sizes(ptx: &str) -> Result<String, Vec<String>> {
                 if let Some(min_blocks) = min_blocks {
                     text.push_str(&format!(".minnctapersm {min_blocks}\n"));
                 }
+                if let Some(cluster) = cluster {
+                    text.push_str(&format!(".explicitcluster\n.reqnctapercluster {cluster}, 1, 1\n"));
+                }
                 copied = function.header.end;
             }
-            Ok((None, _)) => faults.push(format!(
+            Ok((None, ..)) => faults.push(format!(
                 "kernel {} does not say its block size: mark it #[kernel(block = THREADS)]",
                 function.name
             )),
@@ -279,6 +286,17 @@ mod tests {
         let processed = add_block_sizes(&text).unwrap();
         assert!(processed.contains(")\n.maxntid 256, 1, 1\n.minnctapersm 1\n{\n"), "{processed}");
         assert_eq!(processed.matches(".minnctapersm").count(), 1);
+    }
+
+    #[test]
+    fn a_kernel_that_asks_for_clusters_gets_them() {
+        let text = SAMPLE.replacen("// lockstep.block 256\n", "// lockstep.block 256\n// lockstep.cluster 2\n", 1);
+        let processed = add_block_sizes(&text).unwrap();
+        assert!(
+            processed.contains(")\n.maxntid 256, 1, 1\n.explicitcluster\n.reqnctapercluster 2, 1, 1\n{\n"),
+            "{processed}"
+        );
+        assert_eq!(processed.matches(".reqnctapercluster").count(), 1);
     }
 
     #[test]

@@ -13,10 +13,10 @@ use crate::{Element, In, Shared};
 #[derive(Clone, Copy)]
 pub struct Barriers(Shared<u64>);
 
-#[cfg(not(all(target_arch = "nvptx64", target_feature = "sm_90")))]
+#[cfg(not(all(target_arch = "nvptx64", target_feature = "sm_90a")))]
 #[cold]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-fn unsupported() -> ! {
+pub(crate) fn unsupported() -> ! {
     #[cfg(target_arch = "nvptx64")]
     crate::trap();
     #[cfg(not(target_arch = "nvptx64"))]
@@ -29,6 +29,12 @@ impl Barriers {
     #[must_use]
     pub fn new(memory: Shared<u64>) -> Self {
         Self(memory)
+    }
+
+    #[cfg(all(target_arch = "nvptx64", target_feature = "sm_90"))]
+    #[inline(always)]
+    pub(crate) fn address_of(&self, index: usize) -> u32 {
+        self.0.address_of(index)
     }
 
     /// Initialises one: its phases are over after so many arrivals. For one thread; [`publish`](Self::publish) and a barrier of the block follow

@@ -20,6 +20,8 @@
 //! | `mma` | tensor-core products |
 //! | `cp_async` | copies from global to shared memory that do not wait |
 //! | `bulk` | the same by the copy engine, with barriers in shared memory (Hopper and later) |
+//! | `tensor_copy` | boxes of matrices by the copy engine, into all blocks of a cluster (Hopper and later) |
+//! | `wgmma` | tensor-core products of a warpgroup from shared memory (Hopper) |
 //! | `tagged` | words that running blocks hand to each other |
 //! | `math` | float functions with the same bits on every device |
 //! | `bf16` | conversions to and from `half::bf16` |
@@ -44,8 +46,10 @@ pub mod math;
 pub mod mma;
 pub mod shared;
 pub mod tagged;
+pub mod tensor_copy;
 pub mod thread;
 pub mod warp;
+pub mod wgmma;
 
 /// Names that a kernel file wants in scope.
 pub mod prelude {

@@ -52,7 +52,7 @@ macro_rules! shared_array {
 }
 
 #[cfg(target_arch = "nvptx64")]
-core::arch::global_asm!(".extern .shared .align 128 .b8 lockstep_dynamic_shared[];");
+core::arch::global_asm!(".extern .shared .align 1024 .b8 lockstep_dynamic_shared[];");
 
 /// The part of the block's dynamic shared memory that starts at `byte_offset` (a multiple of 16).
 #[inline(always)]

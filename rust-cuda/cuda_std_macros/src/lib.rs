@@ -20,6 +20,9 @@ use syn::{
 /// assembler may give a thread more registers than its own guess at occupancy allows. On sm_120, whose multiprocessors hold
 /// fewer threads and whose assembler loads further ahead, it counts as 1.
 ///
+/// `#[kernel(block = 128, cluster = 2)]` makes clusters of so many blocks that are neighbours in the grid's first dimension, whose
+/// size is a multiple of it (compute capability 9.0 with its architecture-specific features; nothing elsewhere).
+///
 /// Parameters are buffers (`In<T>`, `Out<T>`, `InOut<T>`) and numbers (`u32`, `i32`, `u64`, `f32`). The function
 /// returns nothing, takes no generics, and its name is the entry's name in the PTX.
 #[proc_macro_attribute]
@@ -29,17 +32,18 @@ pub fn kernel(attribute: TokenStream, item: TokenStream) -> TokenStream {
     expand(&block, &function).unwrap_or_else(Error::into_compile_error).into()
 }
 
-/// `block = N`, and perhaps `min_blocks = N`.
+/// `block = N`, and perhaps `min_blocks = N` and `cluster = N`.
 struct Block {
     threads: u32,
     min_blocks: Option<u32>,
+    cluster: Option<u32>,
 }
 
 impl Parse for Block {
     fn parse(input: ParseStream) -> Result<Self> {
-        const FORM: &str = "write #[kernel(block = THREADS)] or #[kernel(block = THREADS, min_blocks = BLOCKS)]";
+        const FORM: &str = "write #[kernel(block = THREADS)] perhaps with min_blocks = BLOCKS or cluster = BLOCKS";
         let mut threads = None;
-        let mut min_blocks = None;
+        let (mut min_blocks, mut cluster) = (None, None);
         for setting in input.parse_terminated(MetaNameValue::parse, Token![,])? {
             let Expr::Lit(ExprLit { lit: Lit::Int(literal), .. }) = &setting.value else {
                 return Err(Error::new_spanned(&setting.value, FORM));
@@ -55,12 +59,17 @@ impl Parse for Block {
                     return Err(Error::new(literal.span(), "a multiprocessor holds 1 to 32 blocks"));
                 }
                 min_blocks = Some(value);
+            } else if setting.path.is_ident("cluster") {
+                if !(1..=8).contains(&value) {
+                    return Err(Error::new(literal.span(), "a cluster has 1 to 8 blocks"));
+                }
+                cluster = Some(value);
             } else {
                 return Err(Error::new_spanned(&setting.path, FORM));
             }
         }
         let threads = threads.ok_or_else(|| Error::new(input.span(), FORM))?;
-        Ok(Self { threads, min_blocks })
+        Ok(Self { threads, min_blocks, cluster })
     }
 }
 
@@ -195,6 +204,15 @@ fn expand(block: &Block, function: &ItemFn) -> Result<Tokens> {
         }
     });
 
+    let cluster = block.cluster.map(|blocks| {
+        let marker = format!("// lockstep.cluster {blocks}");
+        quote! {
+            // SAFETY: as above.
+            #[cfg(target_feature = "sm_90a")]
+            unsafe { ::core::arch::asm!(#marker, options(nomem, nostack)) };
+        }
+    });
+
     let (ptx_params, ptx_values): (Vec<_>, Vec<_>) = params.iter().map(Param::ptx).unzip();
     let descs = params.iter().map(Param::desc);
     let from_args = params.iter().enumerate().map(|(index, param)| param.take_arg(index));
@@ -216,6 +234,7 @@ fn expand(block: &Block, function: &ItemFn) -> Result<Tokens> {
             // SAFETY: a comment, which tells the PTX post-processor the block size.
             unsafe { ::core::arch::asm!(#block_marker, options(nomem, nostack)) };
             #min_blocks
+            #cluster
             // SAFETY: the launch's contract: every buffer is device memory of its length.
             unsafe { body(#(#ptx_values),*) }
         }

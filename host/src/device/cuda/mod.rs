@@ -9,6 +9,7 @@
 //! | `memory` | allocations, copies, the residency check |
 //! | `module` | loading kernels, launching them |
 //! | `linear` | cuBLASLt |
+//! | `tensor_map` | matrices as the copy engine sees them |
 //! | `recording` | CUDA graphs |
 //! | `events` | points in the stream and the time between them |
 
@@ -27,8 +28,8 @@ pub(super) use memory::Memory;
 use super::buffer::DeviceId;
 use super::cpu::Fill;
 use super::{
-    DeviceError, KernelImages, LinearBackend, LinearChoice, LinearOutput, MemoryInfo, MemoryKind, MemoryTracker,
-    OutputType, Slice, SliceMut, Weight,
+    DeviceError, Dimension, KernelImages, LinearBackend, LinearChoice, LinearOutput, MemoryInfo, MemoryKind,
+    MemoryTracker, OutputType, Slice, SliceMut, TENSOR_MAP_WORDS, Weight,
 };
 use context::Context;
 use linear::{CublasLt, Multiply};
@@ -42,6 +43,7 @@ mod linear;
 mod memory;
 mod module;
 mod recording;
+mod tensor_map;
 #[cfg(test)]
 mod tests;
 #[cfg(feature = "timeline")]
@@ -89,6 +91,14 @@ impl Cuda {
 
     pub(super) fn kernel_image(&self) -> &str {
         self.module.image()
+    }
+
+    pub(super) fn tensor_map(
+        &self,
+        address: u64,
+        dimensions: &[Dimension],
+    ) -> Result<[u64; TENSOR_MAP_WORDS], DeviceError> {
+        tensor_map::encode(&self.context, address, dimensions)
     }
 
     pub(super) fn driver(&self) -> Option<String> {

@@ -29,6 +29,8 @@ pub(super) fn instrument(ptx: &str) -> (String, Vec<String>) {
     let mut text = String::with_capacity(ptx.len() + ptx.len() / 8);
     let mut names: Vec<String> = Vec::new();
     let (mut inside, mut declared, mut started, mut ends) = (false, false, false, 0);
+    // Braces of scopes inside a kernel that stand alone in their lines.
+    let mut depth = 0_u32;
     for line in ptx.lines() {
         let bare = line.trim();
         if let Some(rest) = line.strip_prefix(".visible .entry ") {
@@ -38,10 +40,15 @@ pub(super) fn instrument(ptx: &str) -> (String, Vec<String>) {
             }
             names.push(rest.trim_end_matches('(').to_owned());
             (inside, declared, started) = (true, false, false);
-        } else if inside && line == "{" {
+        } else if inside && !declared && line == "{" {
+            depth = 0;
             text.push_str("{\n\t.reg .b64 %tl<7>;\n\t.reg .b32 %tm<4>;\n\t.reg .pred %tp;\n");
             declared = true;
             continue;
+        } else if inside && bare == "{" {
+            depth += 1;
+        } else if inside && bare == "}" && depth > 0 {
+            depth -= 1;
         } else if line == "}" {
             inside = false;
         } else if inside
@@ -138,7 +145,7 @@ mod tests {
     #[test]
     fn every_end_of_a_kernel_has_a_record_and_every_wait_a_time() {
         let ptx = ".version 8.0\n.visible .entry first(\n\t.param .u64 a\n)\n.maxntid 32, 1, 1\n{\n\t.reg .b32 \t%r<2>;\n\n\
-                   \tmov.u32 %r1, 0;\n\tgriddepcontrol.wait;\n\t@%p bra $L;\n\tret;\n$L:\n\tret;\n}\n\
+                   \tmov.u32 %r1, 0;\n\tgriddepcontrol.wait;\n{\n\tbar.sync 0;\n}\n\t@%p bra $L;\n\tret;\n$L:\n\tret;\n}\n\
                    .func other()\n{\n\tret;\n}\n.visible .entry second(\n)\n{\n\tret;\n}\n";
         let (text, names) = instrument(ptx);
         assert_eq!(names, ["first", "second"]);

@@ -1,0 +1,315 @@
+//! The linear layers of decode steps of many rows on Hopper, with what stands behind them. Each gives the bits of the separate
+//! operations on a GPU; how many tokens a block takes changes none.
+
+use cuda_std::launch::Grid;
+use half::bf16;
+use kernels_gpu::warpgroup_tiles::{Layout, STAGE};
+use kernels_gpu::{few_logits, wgmma_gate_up, wgmma_logits, wgmma_parts};
+
+use super::tiles::BlockTokens;
+use super::{expect, size};
+use crate::device::{
+    Buffer, Device, DeviceError, Dimension, MemoryKind, Slice, SliceMut, TENSOR_MAP_WORDS, Weight, contract,
+};
+
+/// Layouts for 64, 128 and 256 tokens.
+type Layouts = [Layout; 3];
+
+const PARTS: Layouts = [wgmma_parts::PARTS_64, wgmma_parts::PARTS_128, wgmma_parts::PARTS_256];
+const GATE_UP: Layouts = [wgmma_gate_up::GATE_UP_64, wgmma_gate_up::GATE_UP_128, wgmma_gate_up::GATE_UP_256];
+const LOGITS: Layouts = [wgmma_logits::LOGITS_64, wgmma_logits::LOGITS_128, wgmma_logits::LOGITS_256];
+
+/// The image whose kernels have the instructions: no other GPU has them.
+const IMAGE: &str = "sm_90a";
+
+/// Whether the kernels of this file take a model's shapes on this device.
+#[must_use]
+pub fn wgmma_fits(device: &Device, hidden: usize, ffn: usize) -> bool {
+    let most = [PARTS, GATE_UP, LOGITS].into_iter().flatten().map(Layout::ring_bytes).max().unwrap_or(0);
+    device.kernel_image() == Some(IMAGE)
+        && most <= device.shared_bytes_per_block()
+        && hidden.is_multiple_of(STAGE)
+        && ffn.is_multiple_of(STAGE * contract::segments(hidden, ffn))
+}
+
+/// Elements of the scratch of [`wgmma_logits()`] for `rows` rows.
+#[must_use]
+pub fn wgmma_best_len(device: &Device, rows: usize) -> usize {
+    device.multiprocessors() * rows
+}
+
+/// What a tensor map is for.
+#[derive(Clone, Copy, Debug)]
+pub enum Mapped<'a> {
+    /// The input of [`wgmma_gate_up()`] \[M, K\], and K.
+    GateUpInput(Slice<'a, bf16>, usize),
+    /// The weight of it.
+    GateUp(&'a Weight),
+    /// The input of [`wgmma_parts()`] \[M, K\], and K.
+    PartsInput(Slice<'a, bf16>, usize),
+    /// The weight of it.
+    Parts(&'a Weight),
+    /// The input of [`wgmma_logits()`] \[M, K\], and K.
+    LogitsInput(Slice<'a, bf16>, usize),
+    /// The weight of it.
+    Logits(&'a Weight),
+}
+
+/// The matrix that a tensor map is of, and its boxes' rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Key {
+    address: u64,
+    width: usize,
+    /// Of boxes; 0 for gates and ups.
+    box_rows: usize,
+}
+
+/// Tensor maps in a device's memory. They do not hold the matrices: whoever uses one brings the matrix along.
+#[derive(Debug)]
+pub struct TensorMaps {
+    words: Buffer<u64>,
+    of: Vec<(Key, usize)>,
+}
+
+impl TensorMaps {
+    /// Makes those of these matrices, and waits until they are on the device: kernels read them before they wait for the work ahead.
+    ///
+    /// # Errors
+    /// No memory, not on this device, or the driver's error.
+    pub fn new<'a>(device: &Device, matrices: impl IntoIterator<Item = Mapped<'a>>) -> Result<Self, DeviceError> {
+        let (mut words, mut of) = (Vec::new(), Vec::new());
+        for matrix in matrices {
+            for (key, rows, map) in encode(device, matrix)? {
+                words.extend(map);
+                of.push((key, rows));
+            }
+        }
+        let words = device.alloc_from(&words, MemoryKind::Activations, "tensor maps")?;
+        device.synchronize()?;
+        Ok(Self { words, of })
+    }
+
+    /// The map of a matrix that begins where this one does and has its rows, or more.
+    fn find(&self, name: &str, key: Key, rows: usize) -> Result<Slice<'_, u64>, DeviceError> {
+        let place = self.of.iter().position(|&(of, most)| of == key && rows <= most);
+        let Some(place) = place else {
+            return Err(DeviceError::InvalidParameter(format!("{name}: {rows} rows of {key:?} have no tensor map")));
+        };
+        self.words.slice(place * TENSOR_MAP_WORDS..(place + 1) * TENSOR_MAP_WORDS)
+    }
+
+    fn input(
+        &self,
+        name: &str,
+        layout: Layout,
+        x: &Slice<'_, bf16>,
+        width: usize,
+    ) -> Result<Slice<'_, u64>, DeviceError> {
+        self.find(name, Key { address: x.address(), width, box_rows: layout.box_rows() }, x.len() / width)
+    }
+
+    fn weight(&self, name: &str, weight: &Weight, box_rows: usize) -> Result<Slice<'_, u64>, DeviceError> {
+        let address = weight.rows()?.as_slice().address();
+        self.find(name, Key { address, width: weight.k(), box_rows }, weight.n())
+    }
+}
+
+/// A tensor map, what it is of, and how many rows that has.
+type Encoded = (Key, usize, [u64; TENSOR_MAP_WORDS]);
+
+/// The map of rows of `width`, in boxes of so many.
+fn encode_rows(
+    device: &Device,
+    source: &Slice<'_, bf16>,
+    width: usize,
+    box_rows: usize,
+) -> Result<Encoded, DeviceError> {
+    let rows = source.len().checked_div(width).unwrap_or(0);
+    let dimensions =
+        [Dimension { len: width, stride: 1, boxed: STAGE }, Dimension { len: rows, stride: width, boxed: box_rows }];
+    let map = device.tensor_map(source, &dimensions)?;
+    Ok((Key { address: source.address(), width, box_rows }, rows, map))
+}
+
+/// The maps that the layouts of an operation want of a matrix: those with other boxes apart.
+fn encode(device: &Device, matrix: Mapped<'_>) -> Result<Vec<Encoded>, DeviceError> {
+    let in_boxes = |source: &Slice<'_, bf16>, width: usize, mut box_rows: Vec<usize>| {
+        box_rows.sort_unstable();
+        box_rows.dedup();
+        box_rows.into_iter().map(|rows| encode_rows(device, source, width, rows)).collect()
+    };
+    let input =
+        |x: &Slice<'_, bf16>, width, layouts: Layouts| in_boxes(x, width, layouts.map(Layout::box_rows).to_vec());
+    let outputs = |weight: &Weight, layouts: Layouts| {
+        in_boxes(&weight.rows()?.as_slice(), weight.k(), layouts.map(|layout| layout.outputs).to_vec())
+    };
+    match matrix {
+        Mapped::GateUpInput(x, width) => input(&x, width, GATE_UP),
+        Mapped::PartsInput(x, width) => input(&x, width, PARTS),
+        Mapped::LogitsInput(x, width) => input(&x, width, LOGITS),
+        Mapped::Parts(weight) => outputs(weight, PARTS),
+        Mapped::Logits(weight) => outputs(weight, LOGITS),
+        Mapped::GateUp(weight) => {
+            let (rows, width) = (weight.rows()?.as_slice(), weight.k());
+            let ffn = weight.n() / 2;
+            let dimensions = [
+                Dimension { len: width, stride: 1, boxed: STAGE },
+                Dimension { len: 8, stride: width, boxed: 8 },
+                Dimension { len: 2, stride: ffn * width, boxed: 2 },
+                Dimension { len: ffn / 8, stride: 8 * width, boxed: GATE_UP[0].outputs / 16 },
+            ];
+            let map = device.tensor_map(&rows, &dimensions)?;
+            Ok(vec![(Key { address: rows.address(), width, box_rows: 0 }, weight.n(), map)])
+        }
+    }
+}
+
+/// Which of the layouts: the smallest with room for all tokens, or the largest; or the caller's.
+fn layout(name: &str, block: BlockTokens, layouts: &Layouts, tokens: usize) -> Result<usize, DeviceError> {
+    match block {
+        BlockTokens::Chosen => Ok(layouts.iter().position(|layout| tokens <= layout.tokens()).unwrap_or(2)),
+        BlockTokens::Of(wanted) => layouts.iter().position(|layout| layout.tokens() == wanted).ok_or_else(|| {
+            DeviceError::InvalidParameter(format!("{name}: a block takes 64, 128 or 256 tokens, not {wanted}"))
+        }),
+    }
+}
+
+fn grid(name: &str, layout: Layout, blocks: usize, tokens: usize, segments: usize) -> Result<Grid, DeviceError> {
+    Ok(Grid {
+        blocks: [
+            size(name, blocks.next_multiple_of(layout.cluster))?,
+            size(name, tokens.div_ceil(layout.tokens()))?,
+            size(name, segments)?,
+        ],
+        dynamic_shared_bytes: size(name, layout.ring_bytes())?,
+    })
+}
+
+/// M of `x` \[M, K\], where K suits and the device has the instructions.
+fn rows(name: &str, device: &Device, x: &Slice<'_, bf16>, width: usize, segments: usize) -> Result<usize, DeviceError> {
+    expect(device.kernel_image() == Some(IMAGE), name, || {
+        format!("kernels of an {IMAGE} image; use the separate operations")
+    })?;
+    let shaped = segments > 0
+        && width > 0
+        && width.is_multiple_of(STAGE * segments)
+        && !x.is_empty()
+        && x.len().is_multiple_of(width);
+    expect(shaped, name, || format!("x [M, {width}] of {}, K a multiple of {}", x.len(), STAGE * segments))?;
+    Ok(x.len() / width)
+}
+
+/// `x` \[M, K\] times the weight \[N, K\], with K in `segments` equal, consecutive segments: `parts` \[segments, M, N\]. `maps` has
+/// [`Mapped::PartsInput`] and [`Mapped::Parts`] of them.
+///
+/// # Errors
+/// A shape that does not fit, a map that is missing, or the launch's error.
+pub fn wgmma_parts(
+    device: &Device,
+    block: BlockTokens,
+    maps: &TensorMaps,
+    segments: usize,
+    x: &Slice<'_, bf16>,
+    weight: &Weight,
+    parts: &mut SliceMut<'_, f32>,
+) -> Result<(), DeviceError> {
+    const NAME: &str = "wgmma_parts";
+    let (width, outputs) = (weight.k(), weight.n());
+    let tokens = rows(NAME, device, x, width, segments)?;
+    expect(parts.len() == segments * tokens * outputs && outputs.is_multiple_of(8), NAME, || {
+        format!("parts of {}, {segments} x {tokens} x {outputs} (a multiple of 8)", parts.len())
+    })?;
+    let chosen = layout(NAME, block, &PARTS, tokens)?;
+    let layout = PARTS[chosen];
+    let kernel = match chosen {
+        0 => wgmma_parts::wgmma_parts_64::launch,
+        1 => wgmma_parts::wgmma_parts_128::launch,
+        _ => wgmma_parts::wgmma_parts_256::launch,
+    };
+    let (x_map, weight_map) = (maps.input(NAME, layout, x, width)?, maps.weight(NAME, weight, layout.outputs)?);
+    let grid = grid(NAME, layout, outputs.div_ceil(layout.outputs), tokens, segments)?;
+    let (tokens, outputs, part) = (size(NAME, tokens)?, size(NAME, outputs)?, size(NAME, width / segments)?);
+    device.launch(kernel(&x_map, &weight_map, parts, tokens, outputs, part), grid)
+}
+
+/// silu(gate) * up of `x` \[M, K\] into `out` \[M, F\], where the weight \[2 F, K\] has gate, then up. The bits of
+/// [`linear`](super::linear) into bf16 and [`silu_mul`](super::silu_mul). `maps` has [`Mapped::GateUpInput`] and [`Mapped::GateUp`] of
+/// them.
+///
+/// # Errors
+/// As for [`wgmma_parts()`].
+pub fn wgmma_gate_up(
+    device: &Device,
+    block: BlockTokens,
+    maps: &TensorMaps,
+    x: &Slice<'_, bf16>,
+    weight: &Weight,
+    out: &mut SliceMut<'_, bf16>,
+) -> Result<(), DeviceError> {
+    const NAME: &str = "wgmma_gate_up";
+    let (width, ffn) = (weight.k(), weight.n() / 2);
+    let tokens = rows(NAME, device, x, width, 1)?;
+    let shaped = weight.n() == 2 * ffn && ffn.is_multiple_of(8) && out.len() == tokens * ffn;
+    expect(shaped, NAME, || {
+        format!("weight {} x {width}, F a multiple of 8, out [{tokens}, {ffn}] of {}", weight.n(), out.len())
+    })?;
+    let chosen = layout(NAME, block, &GATE_UP, tokens)?;
+    let layout = GATE_UP[chosen];
+    let kernel = match chosen {
+        0 => wgmma_gate_up::wgmma_gate_up_64::launch,
+        1 => wgmma_gate_up::wgmma_gate_up_128::launch,
+        _ => wgmma_gate_up::wgmma_gate_up_256::launch,
+    };
+    let (x_map, weight_map) = (maps.input(NAME, layout, x, width)?, maps.weight(NAME, weight, 0)?);
+    let grid = grid(NAME, layout, (2 * ffn).div_ceil(layout.outputs), tokens, 1)?;
+    let (tokens, ffn, width) = (size(NAME, tokens)?, size(NAME, ffn)?, size(NAME, width)?);
+    device.launch(kernel(&x_map, &weight_map, out, tokens, ffn, width), grid)
+}
+
+/// The head of `x` \[M, K\]: `logits` \[M, V\] where given, and the token that [`argmax`](super::argmax) would choose of each row
+/// in `ids` \[M\]. `best` has [`wgmma_best_len`] elements or more. `maps` has [`Mapped::LogitsInput`] and [`Mapped::Logits`] of them.
+///
+/// # Errors
+/// As for [`wgmma_parts()`].
+#[expect(clippy::too_many_arguments, reason = "the kernel's own arguments")]
+pub fn wgmma_logits(
+    device: &Device,
+    block: BlockTokens,
+    maps: &TensorMaps,
+    x: &Slice<'_, bf16>,
+    weight: &Weight,
+    logits: &mut SliceMut<'_, f32>,
+    best: &mut SliceMut<'_, u64>,
+    ids: &mut SliceMut<'_, u32>,
+) -> Result<(), DeviceError> {
+    const NAME: &str = "wgmma_logits";
+    let (width, vocab) = (weight.k(), weight.n());
+    let tokens = rows(NAME, device, x, width, 1)?;
+    let chosen = layout(NAME, block, &LOGITS, tokens)?;
+    let layout = LOGITS[chosen];
+    let resident = device.multiprocessors() / tokens.div_ceil(layout.tokens()) / layout.cluster * layout.cluster;
+    let blocks = vocab.div_ceil(layout.outputs).next_multiple_of(layout.cluster).min(resident.max(layout.cluster));
+    let shaped = vocab > 0
+        && (logits.is_empty() || logits.len() == tokens * vocab)
+        && best.len() >= blocks * tokens
+        && ids.len() == tokens;
+    expect(shaped, NAME, || {
+        format!(
+            "x [{tokens}, {width}], weight {vocab} x {width}, logits {}, best {}, ids {}",
+            logits.len(),
+            best.len(),
+            ids.len()
+        )
+    })?;
+    let kernel = match chosen {
+        0 => wgmma_logits::wgmma_logits_64::launch,
+        1 => wgmma_logits::wgmma_logits_128::launch,
+        _ => wgmma_logits::wgmma_logits_256::launch,
+    };
+    let (x_map, weight_map) = (maps.input(NAME, layout, x, width)?, maps.weight(NAME, weight, layout.outputs)?);
+    let mut best = best.slice_mut(..blocks * tokens)?;
+    let grid = grid(NAME, layout, blocks, tokens, 1)?;
+    let (columns, vocab, width) = (size(NAME, tokens)?, size(NAME, vocab)?, size(NAME, width)?);
+    device.launch(kernel(&x_map, &weight_map, logits, &mut best, columns, vocab, width), grid)?;
+    device.launch(few_logits::few_argmax::launch(&best.as_slice(), ids, columns), Grid::new_1d(columns))
+}
