@@ -61,7 +61,7 @@ const TILE: usize = 16;
 const HEAD_ROWS: usize = 32;
 
 /// Most rows that warps multiply where warpgroups could: on an H100 steps of 32 rows make 35,900 tokens/s by warps and 32,400 by
-/// warpgroups, of 64 rows 61,900 and 63,300.
+/// warpgroups, of 64 rows 61,900 and 66,600 (`benches/results/2026-11-24-h100-warpgroups.md`).
 const WARP_ROWS: usize = 32;
 
 /// How many recordings are kept. One is about a hundred launches; buckets in use at a time are few.
