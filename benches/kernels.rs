@@ -443,7 +443,7 @@ fn attention(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, rows: us
         let spans = context.div_ceil(PAGE);
         ops::attention_decode(
             device,
-            DecodeBlocks::for_contexts(device, heads, spans, rows * spans),
+            DecodeBlocks::for_contexts(device, heads, rows, spans, rows * spans),
             &qkv.as_slice(),
             pages,
             &positions,

@@ -32,6 +32,12 @@ pub const fn shared_bytes(width: usize) -> usize {
     warps(width) * span_bytes(width)
 }
 
+/// Blocks of [`attention_decode_short_64()`] that a multiprocessor has at once.
+pub const LARGE_AT_ONCE: usize = 3;
+
+/// Bytes of dynamic shared memory that a block of [`attention_decode_short_two_64()`] needs.
+pub const TWO_SPANS_BYTES: usize = 2 * span_bytes(64);
+
 /// A span's place in shared memory and where it is in the pages.
 #[derive(Clone, Copy)]
 struct Loader<'a> {
@@ -400,14 +406,14 @@ pub const fn apart_bytes(width: usize) -> usize {
 }
 
 macro_rules! decode_kernel {
-    ($name:ident, $width:literal, $threads:tt, $min_blocks:tt) => {
+    ($name:ident, $width:literal, $warps:literal, $threads:tt, $min_blocks:tt) => {
         /// Attention of one token per row over a context of few spans, for every KV head: the bits of
         /// [`crate::attention_decode`], without its scratch memory.
         ///
         /// - `q`: f32 \[T, q_stride\], query heads from column 0 on, rounded to bf16 here; pages as in
         ///   [`crate::kv_write`]; `positions`: u32 \[T\], the position of each row's token, whose key and value are in the
         ///   cache, or [`NO_ROW`]; `out`: bf16 \[T, H, D\].
-        /// - grid (G, T); a block takes the query heads of a KV head over the whole context, [`warps`] spans at once, a
+        /// - grid (G, T); a block takes the query heads of a KV head over the whole context, two or [`warps`] spans at once, a
         ///   warp one span; then its threads merge these, each some columns of a head. A row [`NO_ROW`] does nothing.
         /// - bytes: 4 D per token and KV head.
         /// - the caller: `ratio` = H / G is at most 16; [`shared_bytes`] of dynamic shared memory; `q` and pages are multiples
@@ -426,7 +432,7 @@ macro_rules! decode_kernel {
             ratio: u32,
             scale: f32,
         ) {
-            const WARPS: usize = warps($width);
+            const WARPS: usize = $warps;
             const { assert!(WARPS * 32 == $threads) };
             decode::<WARPS, { $width / 16 }, { $width / 8 }, { $width / 4 }, { MAX_RATIO * $width / 4 / $threads }>(
                 shared_array!(f32, WARPS * MAX_RATIO * 2),
@@ -445,7 +451,8 @@ macro_rules! decode_kernel {
         }
     };
 }
-decode_kernel!(attention_decode_short_32, 32, 128, 3);
-decode_kernel!(attention_decode_short_64, 64, 128, 3);
-decode_kernel!(attention_decode_short_96, 96, 64, 1);
-decode_kernel!(attention_decode_short_128, 128, 64, 1);
+decode_kernel!(attention_decode_short_32, 32, 4, 128, 3);
+decode_kernel!(attention_decode_short_64, 64, 4, 128, 3);
+decode_kernel!(attention_decode_short_two_64, 64, 2, 64, 6);
+decode_kernel!(attention_decode_short_96, 96, 2, 64, 1);
+decode_kernel!(attention_decode_short_128, 128, 2, 64, 1);

@@ -20,7 +20,7 @@
 //! | `few` | what the linear layers of few tokens share; each is fused with its neighbours in `few_qkv`, `few_residual`, `few_gate_up`, `few_logits` |
 //! | `decode_step` | a whole step of one token in one kernel (`weight_ring`: its weights) |
 //! | `tiles` | the linear layers of many tokens, with what stands behind them: `tile_qkv`, `tile_parts`, `tile_gate_up`, `tile_logits` |
-//! | `warpgroup_tiles` | the same on Hopper, from more rows on: `wgmma_parts`, `wgmma_gate_up`, `wgmma_logits` |
+//! | `warpgroup_tiles` | the same on Hopper, from more rows on: `wgmma_qkv`, `wgmma_parts`, `wgmma_gate_up`, `wgmma_logits` |
 //! | `differing` | bit comparison, for the self-test |
 #![cfg_attr(target_arch = "nvptx64", no_std)]
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch))]
@@ -74,6 +74,7 @@ pub mod weight_ring;
 pub mod wgmma_gate_up;
 pub mod wgmma_logits;
 pub mod wgmma_parts;
+pub mod wgmma_qkv;
 
 /// Every kernel: what the host checks the PTX against.
 #[cfg(not(target_arch = "nvptx64"))]
@@ -85,6 +86,7 @@ pub const KERNELS: &[&cuda_std::launch::KernelDesc] = &[
     attention_decode::attention_decode_128::KERNEL,
     attention_decode_short::attention_decode_short_32::KERNEL,
     attention_decode_short::attention_decode_short_64::KERNEL,
+    attention_decode_short::attention_decode_short_two_64::KERNEL,
     attention_decode_short::attention_decode_short_96::KERNEL,
     attention_decode_short::attention_decode_short_128::KERNEL,
     attention_prefill::attention_prefill_32::KERNEL,
@@ -153,6 +155,8 @@ pub const KERNELS: &[&cuda_std::launch::KernelDesc] = &[
     wgmma_parts::wgmma_parts_64::KERNEL,
     wgmma_parts::wgmma_parts_128::KERNEL,
     wgmma_parts::wgmma_parts_256::KERNEL,
+    wgmma_qkv::wgmma_qkv::KERNEL,
+    wgmma_qkv::wgmma_qkv_paired::KERNEL,
 ];
 
 /// Kernels that only define what a fused one computes: tests compare with them, no model launches them.

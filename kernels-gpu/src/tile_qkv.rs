@@ -14,54 +14,54 @@ pub const QKV_64: Layout = Layout { output_warps: 2, token_warps: 2, groups: 1, 
 
 /// Where tokens are, and how their heads are laid out.
 #[derive(Clone, Copy)]
-struct Heads<'a> {
-    bias: In<'a, bf16>,
-    table: In<'a, f32>,
-    positions: In<'a, u32>,
-    row_tables: In<'a, u32>,
-    page_tables: In<'a, u32>,
-    queries: Out<'a, f32>,
-    key_pages: Out<'a, bf16>,
-    value_pages: Out<'a, bf16>,
-    query_heads: u32,
-    kv_heads: u32,
-    width: u32,
+pub(crate) struct Heads<'a> {
+    pub(crate) bias: In<'a, bf16>,
+    pub(crate) table: In<'a, f32>,
+    pub(crate) positions: In<'a, u32>,
+    pub(crate) row_tables: In<'a, u32>,
+    pub(crate) page_tables: In<'a, u32>,
+    pub(crate) queries: Out<'a, f32>,
+    pub(crate) key_pages: Out<'a, bf16>,
+    pub(crate) value_pages: Out<'a, bf16>,
+    pub(crate) query_heads: u32,
+    pub(crate) kv_heads: u32,
+    pub(crate) width: u32,
 }
 
 /// Two outputs that are rotated together: element `i` of the first half of a head, and its partner in the second.
 #[derive(Clone, Copy)]
-struct Partners {
-    head: u32,
-    i: u32,
+pub(crate) struct Partners {
+    pub(crate) head: u32,
+    pub(crate) i: u32,
 }
 
 /// What the sums of partners meet on their way out, for a token.
 #[derive(Clone, Copy)]
-struct Place {
+pub(crate) struct Place {
     /// `u32::MAX` where nothing is stored.
-    position: u32,
+    pub(crate) position: u32,
     /// Cosine and sine.
-    rotation: [f32; 2],
+    pub(crate) rotation: [f32; 2],
     /// The page of a key or a value.
-    page: u32,
+    pub(crate) page: u32,
 }
 
 impl Heads<'_> {
     /// Heads that are rotated.
     #[inline(always)]
-    fn rotated(&self) -> u32 {
+    pub(crate) fn rotated(&self) -> u32 {
         self.query_heads + self.kv_heads
     }
 
     /// Outputs of the layer.
     #[inline(always)]
-    fn outputs(&self) -> u32 {
+    pub(crate) fn outputs(&self) -> u32 {
         (self.rotated() + self.kv_heads) * self.width
     }
 
     /// Partners by number, the last ones for all numbers beyond.
     #[inline(always)]
-    fn partners(&self, index: u32) -> Partners {
+    pub(crate) fn partners(&self, index: u32) -> Partners {
         let (half, count) = (self.width / 2, self.outputs() / 2);
         let index = if index < count { index } else { count - 1 };
         Partners { head: index / half, i: index % half }
@@ -69,13 +69,13 @@ impl Heads<'_> {
 
     /// The output of the first one.
     #[inline(always)]
-    fn first(&self, partners: Partners) -> u32 {
+    pub(crate) fn first(&self, partners: Partners) -> u32 {
         partners.head * self.width + partners.i
     }
 
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-    fn offsets(&self, partners: Partners) -> [f32; 2] {
+    pub(crate) fn offsets(&self, partners: Partners) -> [f32; 2] {
         if self.bias.is_empty() {
             return [0.0; 2];
         }
@@ -85,14 +85,14 @@ impl Heads<'_> {
 
     /// Where the entries of a KV head of a page start.
     #[inline(always)]
-    fn entries(&self, page: u32, kv_head: u32) -> usize {
+    pub(crate) fn entries(&self, page: u32, kv_head: u32) -> usize {
         (page as usize * self.kv_heads as usize + kv_head as usize) * (PAGE * self.width as usize)
     }
 }
 
 /// Rotates partners.
 #[inline(always)]
-fn rotated([a, b]: [f32; 2], [cos, sin]: [f32; 2]) -> [f32; 2] {
+pub(crate) fn rotated([a, b]: [f32; 2], [cos, sin]: [f32; 2]) -> [f32; 2] {
     [math::fma(a, cos, -(b * sin)), math::fma(b, cos, a * sin)]
 }
 

@@ -8,15 +8,15 @@ use crate::tiles::Tiles;
 use crate::warpgroup_tiles::{self, Layout, STAGE};
 
 /// The layout of [`wgmma_gate_up_64()`].
-pub const GATE_UP_64: Layout = Layout { groups: 1, outputs: 80, depth: 12, cluster: 1 };
+pub const GATE_UP_64: Layout = Layout { groups: 1, outputs: 80, depth: 12, ahead: 12, cluster: 1 };
 /// The layout of [`wgmma_gate_up_128()`].
-pub const GATE_UP_128: Layout = Layout { groups: 2, outputs: 80, depth: 8, cluster: 2 };
+pub const GATE_UP_128: Layout = Layout { groups: 2, outputs: 80, depth: 8, ahead: 8, cluster: 1 };
 /// The layout of [`wgmma_gate_up_256()`].
-pub const GATE_UP_256: Layout = Layout { groups: 4, outputs: 80, depth: 5, cluster: 2 };
+pub const GATE_UP_256: Layout = Layout { groups: 4, outputs: 80, depth: 5, ahead: 6, cluster: 1 };
 
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-fn wgmma_gate_up<const GROUPS: usize, const DEPTH: usize, const CLUSTER: usize>(
+fn wgmma_gate_up<const GROUPS: usize, const DEPTH: usize, const AHEAD: usize, const CLUSTER: usize>(
     x_map: In<u64>,
     weight_map: In<u64>,
     out: Out<bf16>,
@@ -27,7 +27,7 @@ fn wgmma_gate_up<const GROUPS: usize, const DEPTH: usize, const CLUSTER: usize>(
     const OUTPUTS: usize = 80;
     const EIGHTS: usize = OUTPUTS / 16;
     let first_token = thread::block_idx_y() * (GROUPS * 64) as u32;
-    warpgroup_tiles::compute::<GROUPS, OUTPUTS, DEPTH, CLUSTER, { OUTPUTS / 2 }>(
+    warpgroup_tiles::compute::<GROUPS, OUTPUTS, DEPTH, AHEAD, CLUSTER, { OUTPUTS / 2 }, _>(
         x_map,
         first_token,
         0,
@@ -52,7 +52,8 @@ fn wgmma_gate_up<const GROUPS: usize, const DEPTH: usize, const CLUSTER: usize>(
                 );
             };
         },
-        |tile, sums| {
+        || (),
+        |tile, sums, ()| {
             for half in 0..2 {
                 // A row's values at once and without a branch, or each would wait for the one before it. Gates that this does not
                 // suit, hardly ever any, are computed again. (Both rows at once need more registers than 17 warps have.)
@@ -108,12 +109,12 @@ macro_rules! gate_up_kernel {
         #[kernel(block = $threads, min_blocks = 1, cluster = $cluster)]
         pub fn $name(x_map: In<u64>, weight_map: In<u64>, out: Out<bf16>, tokens: u32, ffn: u32, width: u32) {
             const { assert!($layout.threads() == $threads && $layout.cluster == $cluster && $layout.outputs == 80) };
-            wgmma_gate_up::<{ $layout.groups }, { $layout.depth }, $cluster>(
+            wgmma_gate_up::<{ $layout.groups }, { $layout.depth }, { $layout.ahead }, $cluster>(
                 x_map, weight_map, out, tokens, ffn, width,
             );
         }
     };
 }
 gate_up_kernel!(wgmma_gate_up_64, 160, 1, GATE_UP_64);
-gate_up_kernel!(wgmma_gate_up_128, 288, 2, GATE_UP_128);
-gate_up_kernel!(wgmma_gate_up_256, 544, 2, GATE_UP_256);
+gate_up_kernel!(wgmma_gate_up_128, 288, 1, GATE_UP_128);
+gate_up_kernel!(wgmma_gate_up_256, 544, 1, GATE_UP_256);

@@ -9,11 +9,11 @@ use crate::tiles::Tiles;
 use crate::warpgroup_tiles::{self, Layout, STAGE};
 
 /// The layout of [`wgmma_logits_64()`].
-pub const LOGITS_64: Layout = Layout { groups: 1, outputs: 128, depth: 8, cluster: 2 };
+pub const LOGITS_64: Layout = Layout { groups: 1, outputs: 128, depth: 8, ahead: 8, cluster: 2 };
 /// The layout of [`wgmma_logits_128()`].
-pub const LOGITS_128: Layout = Layout { groups: 2, outputs: 128, depth: 6, cluster: 2 };
+pub const LOGITS_128: Layout = Layout { groups: 2, outputs: 128, depth: 6, ahead: 6, cluster: 2 };
 /// The layout of [`wgmma_logits_256()`]: 17 warps have registers for no more outputs.
-pub const LOGITS_256: Layout = Layout { groups: 4, outputs: 96, depth: 5, cluster: 2 };
+pub const LOGITS_256: Layout = Layout { groups: 4, outputs: 96, depth: 5, ahead: 5, cluster: 2 };
 
 /// The best of what a lane has seen for a token: ids come in rising order, so the first of equals stays. NaN and negative
 /// infinity never get here.
@@ -29,6 +29,7 @@ fn wgmma_logits<
     const GROUPS: usize,
     const OUTPUTS: usize,
     const DEPTH: usize,
+    const AHEAD: usize,
     const CLUSTER: usize,
     const COUNT: usize,
 >(
@@ -45,7 +46,7 @@ fn wgmma_logits<
     let (block, blocks) = (thread::block_idx_x(), thread::grid_dim_x());
     let first_token = thread::block_idx_y() * (GROUPS * 64) as u32;
     let mut held = [Best { logit: f32::NEG_INFINITY, id: 0 }; 2];
-    warpgroup_tiles::compute::<GROUPS, OUTPUTS, DEPTH, CLUSTER, COUNT>(
+    warpgroup_tiles::compute::<GROUPS, OUTPUTS, DEPTH, AHEAD, CLUSTER, COUNT, _>(
         x_map,
         first_token,
         0,
@@ -57,7 +58,8 @@ fn wgmma_logits<
             // SAFETY: the map is of boxes of so many rows (the kernel's contract).
             unsafe { copy_rows(&place.memory, place.start, &weight_map, k, row, &place.barriers, place.barrier, None) };
         },
-        |tile, sums| {
+        || (),
+        |tile, sums, ()| {
             for half in 0..2 {
                 let held = &mut held[half];
                 // Computed where they are used: 17 warps have no registers for all ids.
@@ -140,6 +142,7 @@ macro_rules! logits_kernel {
                 { $layout.groups },
                 { $layout.outputs },
                 { $layout.depth },
+                { $layout.ahead },
                 $cluster,
                 { $layout.outputs / 2 },
             >(x_map, weight_map, logits, best, tokens, vocab, width);

@@ -7,15 +7,15 @@ use crate::tiles::Tiles;
 use crate::warpgroup_tiles::{self, Layout, STAGE};
 
 /// The layout of [`wgmma_parts_64()`].
-pub const PARTS_64: Layout = Layout { groups: 1, outputs: 32, depth: 18, cluster: 1 };
+pub const PARTS_64: Layout = Layout { groups: 1, outputs: 32, depth: 18, ahead: 18, cluster: 1 };
 /// The layout of [`wgmma_parts_128()`].
-pub const PARTS_128: Layout = Layout { groups: 2, outputs: 32, depth: 10, cluster: 4 };
+pub const PARTS_128: Layout = Layout { groups: 2, outputs: 32, depth: 10, ahead: 10, cluster: 1 };
 /// The layout of [`wgmma_parts_256()`].
-pub const PARTS_256: Layout = Layout { groups: 4, outputs: 32, depth: 6, cluster: 4 };
+pub const PARTS_256: Layout = Layout { groups: 4, outputs: 32, depth: 6, ahead: 6, cluster: 1 };
 
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-fn wgmma_parts<const GROUPS: usize, const DEPTH: usize, const CLUSTER: usize>(
+fn wgmma_parts<const GROUPS: usize, const DEPTH: usize, const AHEAD: usize, const CLUSTER: usize>(
     x_map: In<u64>,
     weight_map: In<u64>,
     parts: Out<f32>,
@@ -25,7 +25,7 @@ fn wgmma_parts<const GROUPS: usize, const DEPTH: usize, const CLUSTER: usize>(
 ) {
     const OUTPUTS: usize = 32;
     let (first_token, segment) = (thread::block_idx_y() * (GROUPS * 64) as u32, thread::block_idx_z());
-    warpgroup_tiles::compute::<GROUPS, OUTPUTS, DEPTH, CLUSTER, { OUTPUTS / 2 }>(
+    warpgroup_tiles::compute::<GROUPS, OUTPUTS, DEPTH, AHEAD, CLUSTER, { OUTPUTS / 2 }, _>(
         x_map,
         first_token,
         segment * part,
@@ -36,7 +36,8 @@ fn wgmma_parts<const GROUPS: usize, const DEPTH: usize, const CLUSTER: usize>(
             // SAFETY: the map is of boxes of so many rows (the kernel's contract).
             unsafe { copy_rows(&place.memory, place.start, &weight_map, k, row, &place.barriers, place.barrier, None) };
         },
-        |tile, sums| {
+        || (),
+        |tile, sums, ()| {
             for half in 0..2 {
                 let token = first_token + warpgroup_tiles::token(half);
                 let row = (segment as usize * tokens as usize + token as usize) * outputs as usize;
@@ -67,12 +68,12 @@ macro_rules! parts_kernel {
         #[kernel(block = $threads, min_blocks = 1, cluster = $cluster)]
         pub fn $name(x_map: In<u64>, weight_map: In<u64>, parts: Out<f32>, tokens: u32, outputs: u32, part: u32) {
             const { assert!($layout.threads() == $threads && $layout.cluster == $cluster && $layout.outputs == 32) };
-            wgmma_parts::<{ $layout.groups }, { $layout.depth }, $cluster>(
+            wgmma_parts::<{ $layout.groups }, { $layout.depth }, { $layout.ahead }, $cluster>(
                 x_map, weight_map, parts, tokens, outputs, part,
             );
         }
     };
 }
 parts_kernel!(wgmma_parts_64, 160, 1, PARTS_64);
-parts_kernel!(wgmma_parts_128, 288, 4, PARTS_128);
-parts_kernel!(wgmma_parts_256, 544, 4, PARTS_256);
+parts_kernel!(wgmma_parts_128, 288, 1, PARTS_128);
+parts_kernel!(wgmma_parts_256, 544, 1, PARTS_256);

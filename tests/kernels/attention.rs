@@ -285,6 +285,10 @@ impl Cache {
         let alone = self.decode_in(rig, sequences, rows, padding, more, DecodeBlocks::PerContext);
         let shared = self.decode_in(rig, sequences, rows, padding, more, DecodeBlocks::PerSpan);
         assert_same(&alone, &shared, "a block per context and a block per span");
+        if sequences[0].heads.width == 64 {
+            let twos = self.decode_in(rig, sequences, rows, padding, more, DecodeBlocks::PerContextInTwos);
+            assert_same(&twos, &shared, "a small block per context and a block per span");
+        }
         shared
     }
 
@@ -341,8 +345,10 @@ impl Cache {
             (_, DecodeBlocks::PerSpan) => "attention_decode_128",
             (32, DecodeBlocks::PerContext) => "attention_decode_short_32",
             (64, DecodeBlocks::PerContext) => "attention_decode_short_64",
-            (96, DecodeBlocks::PerContext) => "attention_decode_short_96",
-            (_, DecodeBlocks::PerContext) => "attention_decode_short_128",
+            (64, DecodeBlocks::PerContextInTwos) => "attention_decode_short_two_64",
+            (32, DecodeBlocks::PerContextInTwos) => "attention_decode_short_32",
+            (96, _) => "attention_decode_short_96",
+            (_, _) => "attention_decode_short_128",
         };
         let width = heads.query_width();
         let mut values = rig.download(&out);
@@ -607,7 +613,7 @@ fn speed() {
             let mut counters = rig.filled(&vec![0u32; ops::counters_len(heads, rows)]);
             let content = TestRng::new(52).bf16s(rows * spans * heads.page_elements());
             let layers: Vec<_> = (0..LAYERS).map(|_| (rig.filled(&content), rig.filled(&content))).collect();
-            for blocks in [DecodeBlocks::PerContext, DecodeBlocks::PerSpan] {
+            for blocks in [DecodeBlocks::PerContext, DecodeBlocks::PerContextInTwos, DecodeBlocks::PerSpan] {
                 let mut step = || {
                     for (keys, values) in &layers {
                         ops::attention_decode(
@@ -637,7 +643,7 @@ fn speed() {
                     device.synchronize().unwrap();
                     best = best.min(start.elapsed().as_secs_f64() * 1e6 / (4 * LAYERS) as f64);
                 }
-                let chosen = if DecodeBlocks::for_contexts(&device, heads, spans, rows * spans) == blocks {
+                let chosen = if DecodeBlocks::for_contexts(&device, heads, rows, spans, rows * spans) == blocks {
                     ", chosen"
                 } else {
                     ""

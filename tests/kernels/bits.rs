@@ -5,13 +5,14 @@ use std::collections::BTreeMap;
 use crate::rig::{Record, Rig};
 
 /// Kernels whose products go through tensor cores, whose sums are rounded as the hardware likes.
-const TENSOR_CORES: [&str; 38] = [
+const TENSOR_CORES: [&str; 39] = [
     "attention_decode_32",
     "attention_decode_64",
     "attention_decode_96",
     "attention_decode_128",
     "attention_decode_short_32",
     "attention_decode_short_64",
+    "attention_decode_short_two_64",
     "attention_decode_short_96",
     "attention_decode_short_128",
     "attention_prefill_32",
@@ -48,7 +49,7 @@ const TENSOR_CORES: [&str; 38] = [
 
 /// Kernels whose blocks wait for each other or for the copy engine, which the executor does not do. `decode_step` and `tiles` compare
 /// them with the separate operations on a GPU, and so does the self-test, on every model of the GPU tests.
-const GPU_ONLY: [&str; 11] = [
+const GPU_ONLY: [&str; 13] = [
     "decode_step_32",
     "decode_step_64",
     "wgmma_gate_up_64",
@@ -60,6 +61,8 @@ const GPU_ONLY: [&str; 11] = [
     "wgmma_parts_64",
     "wgmma_parts_128",
     "wgmma_parts_256",
+    "wgmma_qkv",
+    "wgmma_qkv_paired",
 ];
 
 /// Cases and values of a kernel.

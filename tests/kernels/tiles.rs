@@ -4,7 +4,7 @@
 
 use half::bf16;
 use host::device::{MemoryKind, Weight};
-use host::ops::{self, BlockTokens, HeadShape, Mapped, PAGE, PagesMut, Places, TensorMaps};
+use host::ops::{self, BlockTokens, HeadShape, Mapped, PAGE, PagesMut, Places, QkvBlocks, TensorMaps};
 use host::testing::TestRng;
 
 use crate::compare::assert_same;
@@ -132,6 +132,42 @@ pub(crate) fn qkv(rig: &mut Rig) {
             ops::tile_qkv(
                 &device,
                 BlockTokens::Of(block),
+                &x.view(),
+                &layer,
+                &bias.view(),
+                &table.view(),
+                places,
+                &mut queries.view_mut(),
+                &mut PagesMut { keys: new_keys.view_mut(), values: new_values.view_mut() },
+                heads,
+            )
+            .unwrap();
+            let what = format!("{name}, {tokens} tokens of {hidden}, {heads:?}");
+            let queries = rig.read(name, &queries);
+            for row in 0..tokens {
+                let (found, wanted) = (&queries[row * width..][..width], &expected[row * width..][..width]);
+                let (found, rest) = found.split_at(heads.query_width());
+                if positions[row] == u32::MAX {
+                    assert!(found.iter().all(|value| value.is_nan()), "{what}: padding was written");
+                } else {
+                    assert_same(found, &wanted[..heads.query_width()], &what);
+                }
+                assert!(rest.iter().all(|value| value.is_nan()), "{what}: keys and values are not left here");
+            }
+            assert_same(&rig.read(name, &new_keys), &keys, &what);
+            assert_same(&rig.read(name, &new_values), &values, &what);
+        }
+        let at_once = [(QkvBlocks::One, "wgmma_qkv"), (QkvBlocks::Two, "wgmma_qkv_paired")];
+        let count = if warpgroup_blocks(rig).is_empty() { 0 } else { at_once.len() };
+        for (at_once, name) in at_once.into_iter().take(count) {
+            let maps = [Mapped::QkvInput(x.view(), hidden), Mapped::Qkv(&layer, heads.width)];
+            let maps = TensorMaps::new(&device, maps).unwrap();
+            let mut queries = rig.filled(&vec![f32::NAN; tokens * width]);
+            let (mut new_keys, mut new_values) = (rig.filled(&empty), rig.filled(&empty));
+            ops::wgmma_qkv(
+                &device,
+                at_once,
+                &maps,
                 &x.view(),
                 &layer,
                 &bias.view(),

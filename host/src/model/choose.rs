@@ -143,6 +143,13 @@ impl Model {
                     }
                 }
             }
+            let mut guess = guess;
+            if best != planned && rows > FEW {
+                // Noise finds something among so many: what was found has to be faster once more.
+                guess = time(planned)?.min(guess);
+                let again = time(best)?;
+                (best, fastest) = if is_faster(again, guess) { (best, again) } else { (planned, guess) };
+            }
             self.ways.set_plan(rung, best);
             found.push(TilesChoice { rows, what: in_words(best, rows), time: fastest, guess });
         }

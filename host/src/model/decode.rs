@@ -13,8 +13,8 @@ use super::workspace::DRAW_ALIGN;
 use super::{Choosing, Model, Step, Workspace};
 use crate::device::{DeviceError, LinearBackend, Slice, SliceMut, Weight, contract};
 use crate::ops::{
-    self, BlockTokens, DecodeBlocks, DecodeScratch, FEW, NO_ROW, Norm, PAGE, PagesMut, Places, ROW_WORDS, StepEnds,
-    StepLayer, TensorMaps,
+    self, BlockTokens, DecodeBlocks, DecodeScratch, FEW, NO_ROW, Norm, PAGE, PagesMut, Places, QkvBlocks, ROW_WORDS,
+    StepEnds, StepLayer, TensorMaps,
 };
 
 /// Where a step's tokens come from.
@@ -60,8 +60,8 @@ const TILE: usize = 16;
 /// Most rows for which our own tiles compute the head where logits are wanted.
 const HEAD_ROWS: usize = 32;
 
-/// Most rows that warps multiply where warpgroups could: on an H100 steps of 32 rows make 35,900 tokens/s by warps and 32,400 by
-/// warpgroups, of 64 rows 61,900 and 66,600 (`benches/results/2026-11-24-h100-warpgroups.md`).
+/// Most rows that warps multiply where warpgroups could: on an H100 steps of 32 rows make 35,900 tokens/s by warps and 36,200 by
+/// warpgroups, the same within what is measured, and of 64 rows 61,900 and 70,400 (`benches/results/2026-11-24-h100-large-batches.md`).
 const WARP_ROWS: usize = 32;
 
 /// How many recordings are kept. One is about a hundred launches; buckets in use at a time are few.
@@ -102,7 +102,7 @@ impl Model {
         let rows = padded.min(limits.decode_rows).min(limits.logits_rows);
         let fits = rows >= count && ops::partials_len(self.heads(), rows, spans) <= workspace.arena.scratch_len();
         let total = step.positions.iter().map(|&position| position as usize / PAGE + 1).sum();
-        let attention = DecodeBlocks::for_contexts(self.device(), self.heads(), longest.div_ceil(PAGE), total);
+        let attention = DecodeBlocks::for_contexts(self.device(), self.heads(), rows, longest.div_ceil(PAGE), total);
         fits.then(|| Bucket { rows, way, tiled, spans, attention, wanted, cache: cache.identity() })
     }
 
@@ -302,9 +302,29 @@ impl Model {
             let mut pages = PagesMut { keys: keys.as_slice_mut(), values: values.as_slice_mut() };
             let (x, bias) = (normed.as_slice(), layer.bias()?);
             if tiled.takes(Linear::Qkv) {
-                let block = BlockTokens::Chosen;
-                let qkv = &mut qkv;
-                ops::tile_qkv(device, block, &x, &layer.qkv, &bias, &rope_table, places, qkv, &mut pages, heads)?;
+                let (weight, qkv, pages) = (&layer.qkv, &mut qkv, &mut pages);
+                match maps {
+                    Some(maps) => {
+                        let at_once = QkvBlocks::Chosen;
+                        ops::wgmma_qkv(
+                            device,
+                            at_once,
+                            maps,
+                            &x,
+                            weight,
+                            &bias,
+                            &rope_table,
+                            places,
+                            qkv,
+                            pages,
+                            heads,
+                        )?;
+                    }
+                    None => {
+                        let block = BlockTokens::Chosen;
+                        ops::tile_qkv(device, block, &x, weight, &bias, &rope_table, places, qkv, pages, heads)?;
+                    }
+                }
             } else {
                 ops::linear(device, &x, &layer.qkv, &mut qkv)?;
                 ops::rotary_kv_write(device, &mut qkv, &bias, &rope_table, places, &mut pages, heads)?;
@@ -323,7 +343,7 @@ impl Model {
                 spans * PAGE,
             )?;
             let output =
-                self.to_residual(tiled.takes(Linear::Output), None, &attended.as_slice(), &layer.output, &mut scratch)?;
+                self.to_residual(tiled.takes(Linear::Output), maps, &attended.as_slice(), &layer.output, &mut scratch)?;
             let gain = layer.post_norm.as_slice();
             ops::residual_norm(device, &mut residual, &output, &gain, &mut normed, eps)?;
             let x = normed.as_slice();
@@ -386,7 +406,8 @@ impl Model {
         }
         let segments = contract::segments(n, k);
         let len = segments * (x.len() / k) * n;
-        let (block, parts) = (BlockTokens::Chosen, &mut scratch.slice_mut(..len)?);
+        let parts = &mut scratch.slice_mut(..len)?;
+        let block = BlockTokens::Chosen;
         match maps {
             Some(maps) => ops::wgmma_parts(device, block, maps, segments, x, weight, parts)?,
             None => ops::tile_parts(device, block, segments, x, weight, parts)?,

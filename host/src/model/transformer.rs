@@ -330,7 +330,7 @@ impl Model {
                     true => DecodeBlocks::PerSpan,
                     false => {
                         let spans = longest.div_ceil(PAGE);
-                        DecodeBlocks::for_contexts(device, heads, spans, rows.len() * spans)
+                        DecodeBlocks::for_contexts(device, heads, rows.len(), spans, rows.len() * spans)
                     }
                 };
                 ops::attention_decode(

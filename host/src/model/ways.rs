@@ -130,7 +130,7 @@ impl Ways {
     /// Those that the device and the shapes allow, and guesses of what is fastest.
     pub(super) fn new(device: &Device, heads: HeadShape, config: &ModelConfig) -> Self {
         let tensor_cores = device.tensor_cores();
-        let warpgroups = tensor_cores && ops::wgmma_fits(device, config.hidden, config.ffn);
+        let warpgroups = tensor_cores && ops::wgmma_fits(device, heads, config.hidden, config.ffn);
         Self {
             whole: AtomicBool::new(
                 tensor_cores && ops::decode_step_fits(device, heads, config.hidden, config.ffn, config.layers),

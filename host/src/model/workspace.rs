@@ -118,16 +118,25 @@ impl Model {
 
     /// The tensor maps of its weights and of a workspace's values.
     fn tensor_maps(&self, workspace: &mut Workspace) -> Result<TensorMaps, DeviceError> {
-        let (hidden, ffn) = (self.config().hidden, self.config().ffn);
+        let (hidden, ffn, heads) = (self.config().hidden, self.config().ffn, self.heads());
         let gated = workspace.arena.layers()?.gated;
         let values = [
+            Mapped::QkvInput(workspace.normed.as_slice(), hidden),
+            Mapped::PartsInput(workspace.attended.as_slice(), heads.query_width()),
             Mapped::GateUpInput(workspace.normed.as_slice(), hidden),
             Mapped::PartsInput(gated.as_slice(), ffn),
             Mapped::LogitsInput(workspace.head_normed.as_slice(), hidden),
             Mapped::Logits(self.head()),
         ];
         let layers = self.parameters.layers.iter();
-        let weights = layers.flat_map(|layer| [Mapped::GateUp(&layer.gate_up), Mapped::Parts(&layer.down)]);
+        let weights = layers.flat_map(|layer| {
+            [
+                Mapped::Qkv(&layer.qkv, heads.width),
+                Mapped::Parts(&layer.output),
+                Mapped::GateUp(&layer.gate_up),
+                Mapped::Parts(&layer.down),
+            ]
+        });
         TensorMaps::new(self.device(), values.into_iter().chain(weights))
     }
 }

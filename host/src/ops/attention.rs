@@ -230,23 +230,31 @@ pub struct DecodeScratch<'a> {
 pub enum DecodeBlocks {
     /// A block for all spans of a row and KV head, which needs no scratch memory.
     PerContext,
+    /// The same by blocks of two spans at once, where others take four: of these a multiprocessor has twice as many.
+    PerContextInTwos,
     /// A block for each span; the last one to end merges them.
     PerSpan,
 }
 
 impl DecodeBlocks {
-    /// The layout for contexts of `total` spans together, `longest` the longest of them. A block of its own takes a context's
+    /// The layout for `rows` contexts of `total` spans together, `longest` the longest of them. A block of its own takes a context's
     /// spans one round after the other; blocks for each span hand their parts over to the last one, and share the
     /// multiprocessors. So one context of more than a round is taken apart, many of about one length are not (measured on an
-    /// H100: `attention::speed`).
+    /// H100: `attention::speed`). Blocks are small where there are more than the device has at once of the large ones.
     #[must_use]
-    pub fn for_contexts(device: &Device, heads: HeadShape, longest: usize, total: usize) -> Self {
-        Self::on(device.multiprocessors(), heads, longest, total)
+    pub fn for_contexts(device: &Device, heads: HeadShape, rows: usize, longest: usize, total: usize) -> Self {
+        Self::on(device.multiprocessors(), heads, rows, longest, total)
     }
 
-    fn on(multiprocessors: usize, heads: HeadShape, longest: usize, total: usize) -> Self {
+    fn on(multiprocessors: usize, heads: HeadShape, rows: usize, longest: usize, total: usize) -> Self {
         let shared = 12 * heads.kv_heads * total / (5 * multiprocessors.max(1));
-        if longest <= short::warps(heads.width) + shared { Self::PerContext } else { Self::PerSpan }
+        if longest > short::warps(heads.width) + shared {
+            Self::PerSpan
+        } else if heads.width == 64 && rows * heads.kv_heads > short::LARGE_AT_ONCE * multiprocessors {
+            Self::PerContextInTwos
+        } else {
+            Self::PerContext
+        }
     }
 }
 
@@ -289,11 +297,14 @@ pub fn attention_decode(
     })?;
     let (stride, kv_heads) = (size(NAME, stride)?, size(NAME, heads.kv_heads)?);
     let ratio = size(NAME, heads.query_heads / heads.kv_heads)?;
-    if blocks == DecodeBlocks::PerContext {
-        let shared_bytes = size(NAME, short::shared_bytes(heads.width))?;
+    if blocks != DecodeBlocks::PerSpan {
+        let two = blocks == DecodeBlocks::PerContextInTwos && heads.width == 64;
+        let shared_bytes = if two { short::TWO_SPANS_BYTES } else { short::shared_bytes(heads.width) };
+        let shared_bytes = size(NAME, shared_bytes)?;
         let grid = Grid { blocks: [kv_heads, size(NAME, rows)?, 1], dynamic_shared_bytes: shared_bytes };
         let kernel = match heads.width {
             32 => short::attention_decode_short_32::launch,
+            64 if two => short::attention_decode_short_two_64::launch,
             64 => short::attention_decode_short_64::launch,
             96 => short::attention_decode_short_96::launch,
             _ => short::attention_decode_short_128::launch,
@@ -522,20 +533,23 @@ mod tests {
     /// What was faster of two layouts on an H100, which has 132 multiprocessors, with 14 heads on 2: rows, and spans of each.
     #[test]
     fn blocks_are_shared_out_as_was_measured() {
-        let on = |width, longest, total| {
-            DecodeBlocks::on(132, HeadShape { query_heads: 14, kv_heads: 2, width }, longest, total)
+        let on = |width, rows, longest, total| {
+            DecodeBlocks::on(132, HeadShape { query_heads: 14, kv_heads: 2, width }, rows, longest, total)
         };
-        for (rows, spans) in [(1, 2), (1, 4), (8, 4), (64, 4), (256, 4), (64, 8), (256, 8), (64, 16)] {
-            assert_eq!(on(64, spans, rows * spans), DecodeBlocks::PerContext, "{rows} rows of {spans} spans");
+        for (rows, spans) in [(1, 2), (1, 4), (8, 4), (64, 4), (128, 4), (64, 8), (64, 16)] {
+            assert_eq!(on(64, rows, spans, rows * spans), DecodeBlocks::PerContext, "{rows} rows of {spans} spans");
+        }
+        for spans in [4, 8] {
+            assert_eq!(on(64, 256, spans, 256 * spans), DecodeBlocks::PerContextInTwos, "256 rows of {spans} spans");
         }
         for (rows, spans) in [(1, 8), (8, 8), (1, 16), (8, 16), (1, 64), (8, 64), (1, 500)] {
-            assert_eq!(on(64, spans, rows * spans), DecodeBlocks::PerSpan, "{rows} rows of {spans} spans");
+            assert_eq!(on(64, rows, spans, rows * spans), DecodeBlocks::PerSpan, "{rows} rows of {spans} spans");
         }
         assert_eq!(
-            on(64, 500, 500 + 63 * 4),
+            on(64, 64, 500, 500 + 63 * 4),
             DecodeBlocks::PerSpan,
             "one long context does not hold up many short ones"
         );
-        assert_eq!(on(128, 4, 4), DecodeBlocks::PerSpan, "wider heads take fewer spans at once");
+        assert_eq!(on(128, 1, 4, 4), DecodeBlocks::PerSpan, "wider heads take fewer spans at once");
     }
 }

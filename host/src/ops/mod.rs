@@ -36,7 +36,9 @@ pub use sampling::{
     LogProbs, SampleParams, argmax, log_probs, penalties, sample, sample_scratch_len, spare_for_choosing,
 };
 pub use tiles::{BlockTokens, tile_best_len, tile_gate_up, tile_logits, tile_parts, tile_qkv, tiles_fits};
-pub use wgmma::{Mapped, TensorMaps, wgmma_best_len, wgmma_fits, wgmma_gate_up, wgmma_logits, wgmma_parts};
+pub use wgmma::{
+    Mapped, QkvBlocks, TensorMaps, wgmma_best_len, wgmma_fits, wgmma_gate_up, wgmma_logits, wgmma_parts, wgmma_qkv,
+};
 
 use crate::device::DeviceError;
 

@@ -4,10 +4,13 @@
 use cuda_std::launch::Grid;
 use half::bf16;
 use kernels_gpu::warpgroup_tiles::{Layout, STAGE};
-use kernels_gpu::{few_logits, wgmma_gate_up, wgmma_logits, wgmma_parts};
+use kernels_gpu::wgmma_qkv::{QKV, QKV_PAIRED};
+use kernels_gpu::{few_logits, wgmma_gate_up, wgmma_logits, wgmma_parts, wgmma_qkv};
 
+use super::attention::PagesMut;
+use super::few::Places;
 use super::tiles::BlockTokens;
-use super::{expect, size};
+use super::{HeadShape, expect, size};
 use crate::device::{
     Buffer, Device, DeviceError, Dimension, MemoryKind, Slice, SliceMut, TENSOR_MAP_WORDS, Weight, contract,
 };
@@ -22,14 +25,28 @@ const LOGITS: Layouts = [wgmma_logits::LOGITS_64, wgmma_logits::LOGITS_128, wgmm
 /// The image whose kernels have the instructions: no other GPU has them.
 const IMAGE: &str = "sm_90a";
 
+/// How many blocks of [`wgmma_qkv()`] a multiprocessor has at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QkvBlocks {
+    /// One, with room for all of its operands, where they leave half of the multiprocessors to the next kernel; or two.
+    Chosen,
+    /// One.
+    One,
+    /// Two.
+    Two,
+}
+
 /// Whether the kernels of this file take a model's shapes on this device.
 #[must_use]
-pub fn wgmma_fits(device: &Device, hidden: usize, ffn: usize) -> bool {
-    let most = [PARTS, GATE_UP, LOGITS].into_iter().flatten().map(Layout::ring_bytes).max().unwrap_or(0);
+pub fn wgmma_fits(device: &Device, heads: HeadShape, hidden: usize, ffn: usize) -> bool {
+    let layouts = [PARTS, GATE_UP, LOGITS].into_iter().flatten().chain([QKV, QKV_PAIRED]);
+    let most = layouts.map(Layout::ring_bytes).max().unwrap_or(0);
     device.kernel_image() == Some(IMAGE)
         && most <= device.shared_bytes_per_block()
         && hidden.is_multiple_of(STAGE)
         && ffn.is_multiple_of(STAGE * contract::segments(hidden, ffn))
+        && heads.query_width().is_multiple_of(STAGE * contract::segments(hidden, heads.query_width()))
+        && heads.width.is_multiple_of(32)
 }
 
 /// Elements of the scratch of [`wgmma_logits()`] for `rows` rows.
@@ -41,6 +58,10 @@ pub fn wgmma_best_len(device: &Device, rows: usize) -> usize {
 /// What a tensor map is for.
 #[derive(Clone, Copy, Debug)]
 pub enum Mapped<'a> {
+    /// The input of [`wgmma_qkv()`] \[M, K\], and K.
+    QkvInput(Slice<'a, bf16>, usize),
+    /// The weight of it, whose heads are so wide.
+    Qkv(&'a Weight, usize),
     /// The input of [`wgmma_gate_up()`] \[M, K\], and K.
     GateUpInput(Slice<'a, bf16>, usize),
     /// The weight of it.
@@ -60,7 +81,7 @@ pub enum Mapped<'a> {
 struct Key {
     address: u64,
     width: usize,
-    /// Of boxes; 0 for gates and ups.
+    /// Of boxes; 0 for gates and ups, and for heads.
     box_rows: usize,
 }
 
@@ -144,11 +165,25 @@ fn encode(device: &Device, matrix: Mapped<'_>) -> Result<Vec<Encoded>, DeviceErr
         in_boxes(&weight.rows()?.as_slice(), weight.k(), layouts.map(|layout| layout.outputs).to_vec())
     };
     match matrix {
+        Mapped::QkvInput(x, width) => in_boxes(&x, width, vec![QKV.box_rows()]),
         Mapped::GateUpInput(x, width) => input(&x, width, GATE_UP),
         Mapped::PartsInput(x, width) => input(&x, width, PARTS),
         Mapped::LogitsInput(x, width) => input(&x, width, LOGITS),
         Mapped::Parts(weight) => outputs(weight, PARTS),
         Mapped::Logits(weight) => outputs(weight, LOGITS),
+        Mapped::Qkv(weight, head_width) => {
+            let (rows, width) = (weight.rows()?.as_slice(), weight.k());
+            let half = head_width / 2;
+            let dimensions = [
+                Dimension { len: width, stride: 1, boxed: STAGE },
+                Dimension { len: 8, stride: width, boxed: 8 },
+                Dimension { len: 2, stride: half * width, boxed: 2 },
+                Dimension { len: half / 8, stride: 8 * width, boxed: QKV.outputs / 16 },
+                Dimension { len: weight.n() / head_width.max(1), stride: head_width * width, boxed: 1 },
+            ];
+            let map = device.tensor_map(&rows, &dimensions)?;
+            Ok(vec![(Key { address: rows.address(), width, box_rows: 0 }, weight.n(), map)])
+        }
         Mapped::GateUp(weight) => {
             let (rows, width) = (weight.rows()?.as_slice(), weight.k());
             let ffn = weight.n() / 2;
@@ -199,6 +234,76 @@ fn rows(name: &str, device: &Device, x: &Slice<'_, bf16>, width: usize, segments
     Ok(x.len() / width)
 }
 
+/// Queries, keys and values of `x` \[M, K\], rotated (pairs i and i + D/2): the queries are left in `queries`
+/// \[M, (H + 2 G) D\], keys and values are stored in their pages. The bits of [`linear`](super::linear) and
+/// [`rotary_kv_write`](super::rotary_kv_write). `maps` has [`Mapped::QkvInput`] and [`Mapped::Qkv`] of them.
+///
+/// # Errors
+/// As for [`wgmma_parts()`].
+#[expect(clippy::too_many_arguments, reason = "the kernel's own arguments")]
+pub fn wgmma_qkv(
+    device: &Device,
+    at_once: QkvBlocks,
+    maps: &TensorMaps,
+    x: &Slice<'_, bf16>,
+    weight: &Weight,
+    bias: &Slice<'_, bf16>,
+    rope_table: &Slice<'_, f32>,
+    places: Places<'_>,
+    queries: &mut SliceMut<'_, f32>,
+    pages: &mut PagesMut<'_>,
+    heads: HeadShape,
+) -> Result<(), DeviceError> {
+    const NAME: &str = "wgmma_qkv";
+    let (width, outputs) = (weight.k(), heads.qkv_width());
+    let tokens = rows(NAME, device, x, width, 1)?;
+    let shaped = weight.n() == outputs
+        && (bias.is_empty() || bias.len() == outputs)
+        && places.positions.len() == tokens
+        && places.row_tables.len() == tokens
+        && queries.len() == tokens * outputs
+        && heads.width.is_multiple_of(32)
+        && pages.keys.len() == pages.values.len();
+    expect(shaped, NAME, || {
+        format!(
+            "x of {tokens} rows, {} positions, queries {}, weight {} x {width}, {heads:?}",
+            places.positions.len(),
+            queries.len(),
+            weight.n()
+        )
+    })?;
+    let blocks = wgmma_qkv::blocks(heads.query_heads, heads.kv_heads, heads.width);
+    let paired = match at_once {
+        // Large blocks on most multiprocessors would keep attention's from starting early.
+        QkvBlocks::Chosen => 2 * blocks * tokens.div_ceil(QKV.tokens()) > device.multiprocessors(),
+        QkvBlocks::One | QkvBlocks::Two => at_once == QkvBlocks::Two,
+    };
+    let (layout, kernel) = match paired {
+        false => (QKV, wgmma_qkv::wgmma_qkv::launch as fn(_, _, _, _, _, _, _, _, _, _, _, _, _, _) -> _),
+        true => (QKV_PAIRED, wgmma_qkv::wgmma_qkv_paired::launch as _),
+    };
+    let (x_map, weight_map) = (maps.input(NAME, layout, x, width)?, maps.weight(NAME, weight, 0)?);
+    device.launch(
+        kernel(
+            &x_map,
+            &weight_map,
+            bias,
+            rope_table,
+            &places.positions,
+            &places.row_tables,
+            &places.page_tables,
+            queries,
+            &mut pages.keys,
+            &mut pages.values,
+            size(NAME, width)?,
+            size(NAME, heads.query_heads)?,
+            size(NAME, heads.kv_heads)?,
+            size(NAME, heads.width)?,
+        ),
+        grid(NAME, layout, blocks, tokens, 1)?,
+    )
+}
+
 /// `x` \[M, K\] times the weight \[N, K\], with K in `segments` equal, consecutive segments: `parts` \[segments, M, N\]. `maps` has
 /// [`Mapped::PartsInput`] and [`Mapped::Parts`] of them.
 ///
@@ -219,7 +324,12 @@ pub fn wgmma_parts(
     expect(parts.len() == segments * tokens * outputs && outputs.is_multiple_of(8), NAME, || {
         format!("parts of {}, {segments} x {tokens} x {outputs} (a multiple of 8)", parts.len())
     })?;
-    let chosen = layout(NAME, block, &PARTS, tokens)?;
+    // The fewest tokens for which each block has a multiprocessor: its time is that of the tokens' way there.
+    let blocks = |layout: Layout| outputs.div_ceil(layout.outputs) * tokens.div_ceil(layout.tokens()) * segments;
+    let chosen = match block {
+        BlockTokens::Chosen if blocks(PARTS[0]) <= device.multiprocessors() => 0,
+        _ => layout(NAME, block, &PARTS, tokens)?,
+    };
     let layout = PARTS[chosen];
     let kernel = match chosen {
         0 => wgmma_parts::wgmma_parts_64::launch,

@@ -118,4 +118,6 @@ copies! {
     /// Starts to copy the box that begins at column `column` of row `row` of eight, of matrix `part`, of the eights from
     /// `eight` on: see the host's description.
     copy_eights, "4d", [column row part eight];
+    /// As [`copy_eights`], with `part` a half of head `head`, whose eights are counted by themselves.
+    copy_halves, "5d", [column row part eight head];
 }

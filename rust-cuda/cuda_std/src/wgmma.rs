@@ -46,9 +46,22 @@ impl Operand {
 /// Sums of a warpgroup's tile of 64 rows and N columns, `COUNT` = N / 2 to a thread. Of warp w (of four) and lane l, element
 /// 4 i + j is of row 16 w + l / 4, or 8 more for j > 1, and column 8 i + 2 (l % 4) + j % 2.
 pub trait Sums {
-    /// Adds the products of a stage, 64 of k: the chain of four steps of 16 k in order, each of which adds to what is there.
-    /// `a` has 64 rows, `b` has N. Returns when they have been read and the sums are there.
+    /// Starts to add the products of a stage, 64 of k: the chain of four steps of 16 k in order, each of which adds to what is there.
+    /// `a` has 64 rows, `b` has N. [`wait`] tells when they have been read; the sums are there after [`settle`](Self::settle).
     fn add(&mut self, a: Operand, b: Operand);
+
+    /// Waits until all that was started is done.
+    fn settle(&mut self);
+}
+
+/// Waits until all stages that a warpgroup has started, but for the last `PENDING`, have been read.
+#[inline(always)]
+pub fn wait<const PENDING: u32>() {
+    #[cfg(all(target_arch = "nvptx64", target_feature = "sm_90a"))]
+    // SAFETY: a wait.
+    unsafe {
+        core::arch::asm!("wgmma.wait_group.sync.aligned {};", const PENDING, options(nostack));
+    }
 }
 
 macro_rules! sums {
@@ -76,7 +89,6 @@ macro_rules! sums {
                         "add.u64 a, a, 2; add.u64 b, b, 2;",
                         sums!(@step $columns 0 $($i)*),
                         "wgmma.commit_group.sync.aligned;",
-                        "wgmma.wait_group.sync.aligned 0;",
                         "}}",
                         inout(reg32) self[0],
                         $(inout(reg32) self[$i],)*
@@ -89,6 +101,20 @@ macro_rules! sums {
                 {
                     let _ = (a.0, b.0);
                     crate::bulk::unsupported()
+                }
+            }
+
+            #[inline(always)]
+            fn settle(&mut self) {
+                #[cfg(all(target_arch = "nvptx64", target_feature = "sm_90a"))]
+                // SAFETY: a wait; the registers are named because they change until it is over.
+                unsafe {
+                    core::arch::asm!(
+                        concat!("wgmma.wait_group.sync.aligned 0; // {0}", $(" {", $i, "}",)*),
+                        inout(reg32) self[0],
+                        $(inout(reg32) self[$i],)*
+                        options(nostack)
+                    );
                 }
             }
         }
