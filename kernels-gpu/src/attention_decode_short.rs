@@ -17,12 +17,13 @@ pub const fn warps(width: usize) -> usize {
 }
 
 /// Elements of a span's keys in shared memory, \[SPAN, D + PAD\]; its values, \[D, SPAN + PAD\], follow.
-const fn key_elements(width: usize) -> usize {
+pub(crate) const fn key_elements(width: usize) -> usize {
     SPAN * (width + PAD)
 }
 
 /// Bytes of a warp's span.
-pub(crate) const fn span_bytes(width: usize) -> usize {
+#[must_use]
+pub const fn span_bytes(width: usize) -> usize {
     (key_elements(width) + width * (SPAN + PAD)) * size_of::<bf16>()
 }
 

@@ -102,6 +102,8 @@ pub const KERNELS: &[&cuda_std::launch::KernelDesc] = &[
     choose::sample_choose::KERNEL,
     decode_step::decode_step_32::KERNEL,
     decode_step::decode_step_64::KERNEL,
+    decode_step::decode_step_long_32::KERNEL,
+    decode_step::decode_step_long_64::KERNEL,
     differing::differing_bf16::KERNEL,
     differing::differing_f32::KERNEL,
     embedding::embedding::KERNEL,

@@ -8,6 +8,9 @@
 use cuda_std::bulk::{self, Barriers};
 use cuda_std::prelude::*;
 
+use crate::attention::SPAN;
+use crate::attention_decode_short::{key_elements, span_bytes};
+
 /// Most units in a ring.
 pub const UNITS: u32 = 16;
 
@@ -175,6 +178,45 @@ impl Filler {
             let (to, from) = ((lane * (width + PAD)) as usize, row + first as usize);
             // SAFETY: the row is one of the weight's (the caller's duty), the place is free.
             unsafe { bulk::copy_unchecked(&memory, to, &weight, from, width as usize, &self.ring.full(), slot) };
+        }
+    }
+
+    /// Asks for the keys \[[`SPAN`], `width`\] and the values \[`width`, [`SPAN`]\] of a span, both from element `first` on. They are as in
+    /// [`crate::attention_decode_short`].
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub(crate) fn fill_span(&mut self, keys: In<bf16>, values: In<bf16>, first: usize, width: u32) {
+        let span = SPAN as u32;
+        keys.check(first, (span * width) as usize);
+        values.check(first, (span * width) as usize);
+        let (at, slot) = self.room(span_bytes(width as usize) as u32, span * width * 4);
+        let memory: Shared<bf16> =
+            self.ring.memory.part((self.ring.base + at) as usize, span_bytes(width as usize) / size_of::<bf16>());
+        let full = self.ring.full();
+        let copy = |to: usize, source: &In<bf16>, row: u32, length: u32| {
+            let to = to + (row * (length + PAD)) as usize;
+            // SAFETY: the row is one of the page's, as checked; the place is free.
+            unsafe {
+                bulk::copy_unchecked(
+                    &memory,
+                    to,
+                    source,
+                    first + (row * length) as usize,
+                    length as usize,
+                    &full,
+                    slot,
+                );
+            }
+        };
+        let mut row = thread::lane_id();
+        while row < span {
+            copy(0, &keys, row, width);
+            row += 32;
+        }
+        let mut row = thread::lane_id();
+        while row < width {
+            copy(key_elements(width as usize), &values, row, span);
+            row += 32;
         }
     }
 

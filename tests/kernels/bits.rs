@@ -49,9 +49,11 @@ const TENSOR_CORES: [&str; 39] = [
 
 /// Kernels whose blocks wait for each other or for the copy engine, which the executor does not do. `decode_step` and `tiles` compare
 /// them with the separate operations on a GPU, and so does the self-test, on every model of the GPU tests.
-const GPU_ONLY: [&str; 13] = [
+const GPU_ONLY: [&str; 15] = [
     "decode_step_32",
     "decode_step_64",
+    "decode_step_long_32",
+    "decode_step_long_64",
     "wgmma_gate_up_64",
     "wgmma_gate_up_128",
     "wgmma_gate_up_256",

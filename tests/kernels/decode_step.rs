@@ -52,12 +52,29 @@ const CASES: [Sizes; 10] = [
 /// The first and the last places of pages, and contexts that a warp for each span takes in one turn or not.
 const POSITIONS: [usize; 9] = [0, 5, 63, 64, 130, 254, 255, 256, 400];
 
-fn cases(rig: &Rig) -> Vec<(Sizes, &'static [usize])> {
+/// Contexts whose spans are one task for each block or several, and merged in one go or in several: 10, 17, 26, 33, 64, 65 and 130
+/// spans.
+const LONG_POSITIONS: [usize; 7] = [600, 1087, 1650, 2048, 4095, 4096, 8300];
+
+/// The place behind the last of all.
+const MOST_CONTEXT: usize = 8301;
+
+/// Most elements of a context's keys for which long ones are compared too: the time goes into making them.
+const MOST_ELEMENTS: usize = 4 << 20;
+
+/// The positions at which a model of these sizes is compared on a GPU.
+fn positions(sizes: Sizes) -> Vec<usize> {
+    let elements = |position: usize| position * sizes.layers * sizes.heads.kv_heads * sizes.heads.width;
+    let long = LONG_POSITIONS.into_iter().filter(|&position| elements(position) <= MOST_ELEMENTS);
+    POSITIONS.into_iter().chain(long).collect()
+}
+
+fn cases(rig: &Rig) -> Vec<(Sizes, Vec<usize>)> {
     if rig.device.is_cuda() {
-        return CASES.map(|sizes| (sizes, &POSITIONS[..])).to_vec();
+        return CASES.map(|sizes| (sizes, positions(sizes))).to_vec();
     }
-    let few = CASES.iter().map(|&sizes| (sizes, &[0, 63, 130][..]));
-    rig.pick(vec![(SMALL, &[5, 64][..])], few.chain([(SMALL, &POSITIONS[..])]).collect())
+    let few = CASES.iter().map(|&sizes| (sizes, vec![0, 63, 130]));
+    rig.pick(vec![(SMALL, vec![5, 64])], few.chain([(SMALL, vec![0, 64, 255, 400, 1087])]).collect())
 }
 
 /// A source of tensors.
@@ -153,7 +170,7 @@ impl Model {
         head.copy_within(..vocab / 4 * hidden, vocab / 2 * hidden);
         head.copy_within(..hidden, 8 * hidden);
         let head = prepared(rig, &head, vocab, hidden);
-        let table = source.draw("rotary table".into(), |rng| rng.f32s((POSITIONS[8] + 1) * heads.width));
+        let table = source.draw("rotary table".into(), |rng| rng.f32s(MOST_CONTEXT * heads.width));
         Self { sizes, embedding: rig.filled(&embedding), layers, final_gain, head, rope_table: rig.filled(&table) }
     }
 }
@@ -389,11 +406,13 @@ enum Way {
 
 impl Way {
     /// The kernel whose outputs are logits and pages.
-    fn kernels(self, heads: HeadShape) -> [&'static str; 2] {
-        match self {
-            Self::Few => ["few_logits", "few_qkv"],
-            Self::Whole if heads.width == 32 => ["decode_step_32"; 2],
-            Self::Whole => ["decode_step_64"; 2],
+    fn kernels(self, heads: HeadShape, position: usize) -> [&'static str; 2] {
+        match (self, heads.width, position / PAGE) {
+            (Self::Few, ..) => ["few_logits", "few_qkv"],
+            (Self::Whole, 32, 0..4) => ["decode_step_32"; 2],
+            (Self::Whole, 32, _) => ["decode_step_long_32"; 2],
+            (Self::Whole, _, 0..4) => ["decode_step_64"; 2],
+            (Self::Whole, ..) => ["decode_step_long_64"; 2],
         }
     }
 }
@@ -495,6 +514,7 @@ fn by_one_kernel(
         &mut outputs.logits.view_mut(),
         &mut outputs.best.view_mut(),
         &mut outputs.chosen.view_mut(),
+        context.position + 1,
     )
     .unwrap();
     // A word for each block, and nothing beside them.
@@ -523,7 +543,7 @@ fn compare(
         Way::Whole => by_one_kernel(rig, model, context, memory, cache, token, &mut outputs),
     }
     let what = format!("{way:?}, {sizes:?}, token {token} at {}", context.position);
-    let [head, write] = way.kernels(sizes.heads);
+    let [head, write] = way.kernels(sizes.heads, context.position);
     assert_same(&rig.read(head, &outputs.chosen), &[expected.chosen], &format!("{what}: the token"));
     if token == NAN_TOKEN {
         // Which NaN it is need not be the same.
@@ -563,7 +583,7 @@ pub(crate) fn steps(rig: &mut Rig) {
         let model = Model::new(rig, &mut source, sizes);
         // Of all steps, so that each finds the words of those before it.
         let mut used = memory(rig, sizes);
-        for &position in positions {
+        for &position in &positions {
             let context = Context::new(rig, &mut source, sizes, position, position as u64);
             // A token behind which all is NaN is followed by others: a word that stays is seen. `u32::MAX` is what a step that is
             // computed ahead finds where a row chose nothing.

@@ -120,8 +120,8 @@ impl Model {
             let mut fastest = guess;
             let is_faster = |taken: Duration, than: Duration| taken + taken / WORTHWHILE < than;
             if rows <= FEW {
-                // One kernel, the fused layers or our tiles. Long contexts are never one kernel's, so the others are compared in
-                // any case.
+                // One kernel, the fused layers or our tiles. Very long contexts are never one kernel's, so the others are compared
+                // in any case.
                 let mut apart = Plan { whole: false, ..best };
                 let mut taken = if best.whole { time(apart)? } else { guess };
                 let other = Plan { few: !apart.few, ..apart };

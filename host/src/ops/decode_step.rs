@@ -3,15 +3,15 @@
 
 use cuda_std::launch::Grid;
 use half::bf16;
-use kernels_gpu::attention_decode_short::apart_bytes;
+use kernels_gpu::attention_decode_short::{apart_bytes, span_bytes};
 use kernels_gpu::decode_step::{LAYER_WORDS, MOST_HIDDEN, STAGE, Shape};
-use kernels_gpu::decode_step::{decode_step_32, decode_step_64};
+use kernels_gpu::decode_step::{decode_step_32, decode_step_64, decode_step_long_32, decode_step_long_64};
 use kernels_gpu::few_logits;
 use kernels_gpu::weight_ring::{UNITS, unit_bytes};
 
 use super::attention::PagesMut;
 use super::few::{Norm, Places};
-use super::{HeadShape, expect, size};
+use super::{HeadShape, PAGE, expect, size};
 use crate::device::{Buffer, Device, DeviceError, MemoryKind, Slice, SliceMut, Weight, contract};
 
 const NAME: &str = "decode_step";
@@ -23,6 +23,19 @@ const AHEAD: u32 = 2;
 /// values to each other. Measured on an H100 (0.5 billion parameters): 80 gives 1,881 tokens/s, 90 1,910, 100 1,927, 110 1,930,
 /// 120 1,925, 130 1,903 (`benches/results/2026-11-23-h100-replicas.md`).
 const PACE: u32 = 105;
+
+/// The same where all blocks attend, and stream keys and values too. At contexts of 385, 1,025 and 4,096 tokens 93 gives 1,898, 1,879 and 1,741
+/// tokens/s, 97 1,897, 1,880 and 1,750, 101 1,885, 1,875 and 1,757, 105 1,859, 1,855 and 1,755.
+const LONG_PACE: u32 = 101;
+
+/// Most spans of a context that one block computes for a KV head: as many as it has at once. Of longer ones all blocks share the spans.
+const ALONE: usize = 4;
+
+/// Most spans of a context. There are words for the partial results of so many: 3.8 MB with 14 heads of 64 elements.
+const MOST_SPANS: usize = 512;
+
+/// Most spans of a KV head that a block computes.
+const SPANS_OF_BLOCK: usize = 32;
 
 /// A layer of the model, and its pages.
 #[derive(Debug)]
@@ -74,6 +87,8 @@ pub struct StepMemory {
     /// Whether it has.
     uploaded: bool,
     words: Buffer<u64>,
+    /// Most spans of a context.
+    most_spans: usize,
     /// The next tag. 0 is on words that nobody has written.
     tag: u32,
 }
@@ -91,11 +106,14 @@ impl StepMemory {
         layers: usize,
     ) -> Result<Self, DeviceError> {
         let shape = shape(heads, hidden, ffn)?;
-        let words = shape.words().len as usize;
+        let fits = fits(device, heads, shape, layers);
+        let most_spans = if fits { most_spans(device, heads) } else { 0 };
+        let words = shape.partials(size(NAME, most_spans)?).len as usize;
         Ok(Self {
             heads,
             shape,
-            fits: fits(device, heads, shape, layers),
+            fits,
+            most_spans,
             table: device.alloc((layers * LAYER_WORDS).max(1), MemoryKind::Activations, "table of layers")?,
             layers: vec![[0; LAYER_WORDS]; layers],
             uploaded: false,
@@ -207,6 +225,17 @@ pub fn decode_step_fits(device: &Device, heads: HeadShape, hidden: usize, ffn: u
     shape(heads, hidden, ffn).is_ok_and(|shape| fits(device, heads, shape, layers))
 }
 
+/// Most spans of a context that the kernel takes on this device.
+fn most_spans(device: &Device, heads: HeadShape) -> usize {
+    (device.multiprocessors() * SPANS_OF_BLOCK / heads.kv_heads.max(1)).min(MOST_SPANS)
+}
+
+/// Most tokens of a context that [`decode_step`] takes on this device, the new one included.
+#[must_use]
+pub fn decode_step_context(device: &Device, heads: HeadShape) -> usize {
+    most_spans(device, heads).max(ALONE) * PAGE
+}
+
 /// Shared memory of a block: all but what the kernel behind needs, which is to stand ready when the last block ends.
 fn shared_bytes(device: &Device) -> usize {
     device.shared_bytes_per_block().saturating_sub(2048)
@@ -223,7 +252,8 @@ fn shape_fits(shared_bytes: usize, heads: HeadShape, shape: Shape, layers: usize
     let Ok(layers) = u32::try_from(layers) else { return false };
     let largest = [(16, shape.hidden), (8, shape.query_width() / output), (8, shape.ffn / down)];
     let largest = largest.map(|(rows, width)| unit_bytes(rows, width) as usize).into_iter().max().unwrap_or(0);
-    let ring = shared_bytes.saturating_sub(shape.front(layers).ring as usize);
+    let [ring, long_ring] =
+        [false, true].map(|long| shared_bytes.saturating_sub(shape.front(layers, long).ring as usize));
     layers > 0
         && heads.check(NAME).is_ok()
         && matches!(heads.width, 32 | 64)
@@ -231,14 +261,15 @@ fn shape_fits(shared_bytes: usize, heads: HeadShape, shape: Shape, layers: usize
         && shape.hidden <= MOST_HIDDEN
         && shape.query_width().is_multiple_of(STAGE * output)
         && shape.ffn.is_multiple_of(STAGE * down)
-        && ring >= 2 * largest
+        && long_ring >= 2 * largest
+        && long_ring >= largest + span_bytes(heads.width)
         && ring >= largest + apart_bytes(heads.width)
 }
 
 /// Computes a step of one token that continues a sequence, `id` \[1\]: stores its key and value in the pages, leaves `logits`
 /// \[V\] where given, and the token that [`argmax`](super::argmax) would choose in `chosen` \[1\]. `layers` are all of the
-/// model that `memory` is for, in order. `best` has [`best_len`](super::best_len) elements. One multiprocessor reads all of the
-/// context for a KV head, so long ones are better computed otherwise.
+/// model that `memory` is for, in order. `best` has [`best_len`](super::best_len) elements. `context`: tokens, the new one included,
+/// at most [`decode_step_context`].
 ///
 /// # Errors
 /// A shape that does not fit, or the launch's error.
@@ -253,6 +284,7 @@ pub fn decode_step<'a>(
     logits: &mut SliceMut<'_, f32>,
     best: &mut SliceMut<'_, u64>,
     chosen: &mut SliceMut<'_, u32>,
+    context: usize,
 ) -> Result<(), DeviceError> {
     let (heads, count) = (memory.heads, memory.layers.len());
     let (hidden, vocab) = (memory.shape.hidden as usize, ends.head.n());
@@ -265,6 +297,10 @@ pub fn decode_step<'a>(
         )
     })?;
     let shape = Shape { vocab: size(NAME, vocab)?, ..memory.shape };
+    let spans = context.div_ceil(PAGE);
+    expect(spans <= ALONE || spans <= memory.most_spans, NAME, || {
+        format!("a context of {context} tokens: at most {}, else use fused layers", memory.most_spans * PAGE)
+    })?;
     let blocks = device.multiprocessors();
     let shaped = id.len() == 1
         && places.positions.len() == 1
@@ -280,9 +316,12 @@ pub fn decode_step<'a>(
     let tag = memory.tags(device, size(NAME, count + 1)?)?;
     let shared = size(NAME, shared_bytes(device))?;
     const { assert!(AHEAD < UNITS) };
-    let kernel = match heads.width {
-        32 => decode_step_32::launch,
-        _ => decode_step_64::launch,
+    let pace = if spans <= ALONE { PACE } else { LONG_PACE };
+    let kernel = match (heads.width, spans <= ALONE) {
+        (32, true) => decode_step_32::launch,
+        (_, true) => decode_step_64::launch,
+        (32, false) => decode_step_long_32::launch,
+        (_, false) => decode_step_long_64::launch,
     };
     let mut block_best = best.slice_mut(..blocks)?;
     // It waits before it reads indices; its table's upload has been waited for. It lets `few_argmax` start at once, which reads nothing
@@ -306,10 +345,10 @@ pub fn decode_step<'a>(
             shape.ffn,
             shape.vocab,
             page_elements as u64,
-            shape.output_halvings | shape.down_halvings << 8,
+            shape.output_halvings | shape.down_halvings << 8 | size(NAME, memory.most_spans)? << 16,
             shared,
             AHEAD,
-            PACE,
+            pace,
             tag,
             ends.norm.eps,
             heads.scale(),
@@ -504,7 +543,7 @@ mod tests {
         let mut logits = device.alloc::<f32>(20, MemoryKind::Other, "test").unwrap();
         let mut best = device.alloc::<u64>(device.multiprocessors(), MemoryKind::Other, "test").unwrap();
         let mut chosen = device.alloc::<u32>(1, MemoryKind::Other, "test").unwrap();
-        let mut step = |memory: &mut StepMemory, layers: &mut Layers, logits_len: usize| {
+        let mut step = |memory: &mut StepMemory, layers: &mut Layers, logits_len: usize, context: usize| {
             let number = |at: usize| numbers.slice(at..=at).unwrap();
             let places = Places { positions: number(1), row_tables: number(2), page_tables: number(3) };
             let ends = StepEnds {
@@ -523,25 +562,48 @@ mod tests {
                 &mut logits.slice_mut(..logits_len).unwrap(),
                 &mut best.as_slice_mut(),
                 &mut chosen.as_slice_mut(),
+                context,
             );
             outcome.unwrap_err().to_string()
         };
         let mut none = Layers::new(&device, 0);
         let mut layers = Layers::new(&device, 2);
         let [mut for_none, mut for_two] = [0, 2].map(|count| memory(&device, count));
-        let refused = step(&mut for_none, &mut none, 20);
+        let refused = step(&mut for_none, &mut none, 20, 1);
         assert!(refused.contains("without layers"), "{refused}");
-        let refused = step(&mut for_two, &mut layers, 20);
+        let refused = step(&mut for_two, &mut layers, 20, 1);
         assert!(refused.contains("not supported on this device"), "{refused}");
         // As if it were.
         for_two.fits = true;
-        let refused = step(&mut for_two, &mut none, 20);
+        let refused = step(&mut for_two, &mut none, 20, 1);
         assert!(refused.contains("0 layers, with memory for 2"), "{refused}");
-        let refused = step(&mut for_two, &mut layers, 19);
+        let refused = step(&mut for_two, &mut layers, 19, 1);
         assert!(refused.contains("buffers of other sizes"), "{refused}");
         assert!(device.is_healthy());
-        let fault = step(&mut for_two, &mut layers, 20);
+        // On this device it has no words for more spans than one block computes.
+        let refused = step(&mut for_two, &mut layers, 20, ALONE * PAGE + 1);
+        assert!(refused.contains("a context of 257 tokens"), "{refused}");
+        let fault = step(&mut for_two, &mut layers, 20, ALONE * PAGE);
         assert!(fault.contains("decode_step_32"), "{fault}");
+    }
+
+    #[test]
+    fn words_of_shared_spans_are_apart() {
+        for ([query_heads, kv_heads, width], spans) in
+            [([14, 2, 64], 512), ([2, 1, 32], 1), ([34, 17, 64], 248), ([5, 1, 32], 77)]
+        {
+            let shape = shape(HeadShape { query_heads, kv_heads, width }, 64, 64).unwrap();
+            let partials = shape.partials(spans);
+            let outputs = (query_heads * width) as u32 * spans;
+            let parts = [(partials.started, 4 * 16), (partials.statistics, query_heads as u32 * spans * 2)];
+            // One behind the other.
+            let end = parts.into_iter().chain([(partials.outputs, outputs)]).fold(shape.words().len, |end, part| {
+                assert!(part.0 >= end && part.0.is_multiple_of(2), "pairs start evenly");
+                part.0 + part.1
+            });
+            assert_eq!(end, partials.len);
+            assert!(partials.started.is_multiple_of(16) && partials.outputs.is_multiple_of(16), "lines");
+        }
     }
 
     #[test]

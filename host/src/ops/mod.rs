@@ -19,7 +19,7 @@ pub use attention::{
     DecodeBlocks, DecodeScratch, HeadShape, NO_ROW, Pages, PagesMut, PrefillTiles, Segment, TileKind, attention_decode,
     attention_prefill, counters_len, kv_write, partials_len, rotary, rotary_kv_write,
 };
-pub use decode_step::{StepEnds, StepLayer, StepMemory, decode_step, decode_step_fits};
+pub use decode_step::{StepEnds, StepLayer, StepMemory, decode_step, decode_step_context, decode_step_fits};
 pub use differing::{Comparable, differing};
 pub use elementwise::{bias_add, residual_add, silu_mul};
 pub use few::{FEW, Norm, Places, best_len, few_fits, few_gate_up, few_logits, few_qkv, few_residual, few_residual_in};

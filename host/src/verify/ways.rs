@@ -13,11 +13,15 @@ pub(super) const QUICK: [usize; 8] = [1, 3, 8, 9, 20, 33, 100, 130];
 /// Rows of the full check.
 pub(super) const FULL: [usize; 14] = [1, 2, 3, 4, 5, 7, 8, 9, 16, 23, 64, 65, 130, 256];
 
-/// Full pages that all rows share: contexts of two, four and six pages. The quick check takes the longest that fits and has the way.
+/// Full pages that all rows share: contexts of six, four and two pages. The quick check takes the longest that fits and has the way;
+/// of one kernel, which is another one for contexts of few pages, two.
 const SHARED: [usize; LENGTHS] = [5, 3, 1];
 
 /// Lengths of contexts that there are.
 pub(super) const LENGTHS: usize = 3;
+
+/// In the full check of one kernel, pages that come before these: more spans than blocks compute or merge at once.
+const MANY: usize = 69;
 
 /// Steps that give each row a history of its own.
 const OWN: usize = 3;
@@ -29,8 +33,13 @@ pub(super) fn check(model: &Model, counts: &[usize], lengths: usize) -> Result<V
     for way in [DecodeWay::Whole, DecodeWay::Few, DecodeWay::Tiles, DecodeWay::Recorded] {
         let (mut wrong, mut values, mut compared) = (0, 0, Vec::new());
         let fits = |shared: &usize| (shared + 1) * PAGE <= model.context_tokens();
-        let mut left = lengths;
-        for shared in SHARED.into_iter().filter(fits) {
+        let mut left = match way {
+            DecodeWay::Whole if lengths == LENGTHS => LENGTHS + 1,
+            DecodeWay::Whole => lengths.max(2),
+            _ => lengths,
+        };
+        let many = (left > LENGTHS).then_some(MANY);
+        for shared in many.into_iter().chain(SHARED).filter(fits) {
             let of_way = |rows: &usize| model.decode_way(*rows, (shared + 1) * PAGE) == Some(way);
             let counts: Vec<usize> = counts.iter().copied().filter(of_way).collect();
             let Some(&most) = counts.last() else { continue };

@@ -30,8 +30,6 @@ pub(super) fn attention<const STEPS: usize, const TILES: usize, const COPIES: us
     let (lane, _) = lane_and_warp();
     let (g, t) = (lane / 4, lane % 4);
     let [position, table, ..] = step.token();
-    // SAFETY: the addresses of the layer's pages; what is read of them was written before this launch.
-    let pages = |place: u32| unsafe { In::at_address(step.address(layer, place), step.page_elements) };
     let base = ring.wait(unit);
     let word = words.qkv;
     let sync = || thread::sync_some::<2, { AT_ONCE as u32 * 32 }>();
@@ -40,8 +38,8 @@ pub(super) fn attention<const STEPS: usize, const TILES: usize, const COPIES: us
         step.memory.part(map::STATISTICS, AT_ONCE * MAX_RATIO * 2),
         base as usize,
         Task {
-            key_pages: pages(7),
-            value_pages: pages(8),
+            key_pages: step.pages(layer, 7),
+            value_pages: step.pages(layer, 8),
             position: position as usize,
             ratio: ratio as usize,
             factor: step.scale,

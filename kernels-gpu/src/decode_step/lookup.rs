@@ -36,17 +36,20 @@ impl Phase {
 
     /// Puts a layer's phases, and the head, into shared memory: a thread each.
     #[inline(always)]
-    pub(super) fn put_all(memory: Shared<u8>, shape: Shape, front: Front) {
+    pub(super) fn put_all<const LONG: bool>(memory: Shared<u8>, shape: Shape, front: Front, most_spans: u32) {
         let memory: Shared<u32> = memory.part(map::PHASES, (PHASES as usize + 1) * Self::WORDS);
         let words = shape.words();
         // The replica that the block reads.
         let replica = thread::block_idx_x() % REPLICAS * words.replica;
         let [attended, gated] = [words.attended + replica, words.gated + replica];
         let [after_output, after_down] = [words.after_output + replica, words.after_down + replica];
+        // A word of the phase before attention's result.
+        let attending =
+            if LONG { shape.partials(most_spans).started + thread::block_idx_x() % REPLICAS * 16 } else { words.qkv };
         let number = thread::thread_idx_x();
         let (linear, early, from, to, residual) = match number {
             0 => (Linear::Qkv, [gated, 1], [after_down, 1], words.qkv, 0),
-            2 => (Linear::Output, [words.qkv, 0], [attended, 0], words.after_output, after_down),
+            2 => (Linear::Output, [attending, 0], [attended, 0], words.after_output, after_down),
             3 => (Linear::GateUp, [attended, 0], [after_output, 0], words.gated, 0),
             4 => (Linear::Down, [after_output, 0], [gated, 0], words.after_down, after_output),
             5 => (Linear::Head, [gated, 1], [after_down, 1], 0, 0),
@@ -80,11 +83,11 @@ pub(super) struct Share {
 }
 
 /// Blocks that take part in a phase of a layer, or in the head. Where few blocks attend, those do nothing else in a layer: the room for
-/// keys and values that they hold free is room for weights with the others.
+/// keys and values that they hold free is room for weights with the others. Where blocks share spans (`LONG`), all take part in all.
 #[inline(always)]
-fn blocks(shape: Shape, phase: u32) -> u32 {
+fn blocks<const LONG: bool>(shape: Shape, phase: u32) -> u32 {
     let grid = thread::grid_dim_x();
-    let all = matches!(phase, ATTENTION | PHASES) || shape.kv_heads * LEAST_BLOCKS_FOR_EACH > grid;
+    let all = LONG || matches!(phase, ATTENTION | PHASES) || shape.kv_heads * LEAST_BLOCKS_FOR_EACH > grid;
     if all { grid } else { grid - shape.kv_heads }
 }
 
@@ -101,9 +104,9 @@ impl Share {
 
     /// The block's groups in a phase of a layer; of the head, where the phase is [`PHASES`].
     #[inline(always)]
-    pub(super) fn read(memory: Shared<u8>, shape: Shape, layer: u32, phase: u32) -> Self {
+    pub(super) fn read<const LONG: bool>(memory: Shared<u8>, shape: Shape, layer: u32, phase: u32) -> Self {
         let [first, count] = Self::place(memory, layer, phase).load(0);
-        Self { first, count, blocks: blocks(shape, phase) }
+        Self { first, count, blocks: blocks::<LONG>(shape, phase) }
     }
 
     /// The block's group number `turn`.
@@ -116,7 +119,7 @@ impl Share {
 /// Deals the groups of all phases round the blocks, and puts the block's into shared memory, as [`Share`]s. Attention is always the
 /// last blocks': its code is long, and a multiprocessor that runs it once in many layers would fetch it each time.
 #[inline(always)]
-pub(super) fn deal(shape: Shape, layers: u32, memory: Shared<u8>) {
+pub(super) fn deal<const LONG: bool>(shape: Shape, layers: u32, memory: Shared<u8>) {
     let block = thread::block_idx_x();
     let mut before = 0;
     let mut in_layer = 0;
@@ -124,7 +127,7 @@ pub(super) fn deal(shape: Shape, layers: u32, memory: Shared<u8>) {
         in_layer += shape.groups(phase);
     }
     for phase in 0..=PHASES {
-        let (groups, blocks) = (shape.groups(phase), blocks(shape, phase));
+        let (groups, blocks) = (shape.groups(phase), blocks::<LONG>(shape, phase));
         let mut layer = if phase < PHASES { thread::thread_idx_x() } else { layers };
         while layer < layers || (phase == PHASES && layer == layers) {
             let start = if phase < PHASES { layer * in_layer + before } else { layers * in_layer } % blocks;

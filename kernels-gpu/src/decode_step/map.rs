@@ -3,6 +3,7 @@
 use super::attention::AT_ONCE;
 use super::lookup::Phase;
 use super::plan::{self, Shape};
+use super::spans::SCRATCH_BYTES;
 use super::{LAYER_WORDS, THREADS};
 use crate::attention_decode::MAX_RATIO;
 use crate::weight_ring::{CONTROL_BYTES, PAD};
@@ -39,17 +40,20 @@ pub struct Front {
     pub normed: u32,
     /// Inputs of the down projection and the attention output layer, \[K + [`PAD`]\].
     pub collected: u32,
+    /// Scratch memory of spans that blocks share.
+    pub scratch: u32,
     /// The ring of weights.
     pub ring: u32,
 }
 
 impl Shape {
-    /// What a block has in dynamic shared memory, with a model of so many layers.
+    /// What a block has in dynamic shared memory, with a model of so many layers. `long`: blocks share the spans of a context.
     #[must_use]
-    pub const fn front(self, layers: u32) -> Front {
+    pub const fn front(self, layers: u32, long: bool) -> Front {
         let widest = if self.query_width() > self.ffn { self.query_width() } else { self.ffn };
         let normed = (LAYERS as u32 + (layers + 1) * LAYER_BYTES as u32).next_multiple_of(128);
         let collected = normed + ((self.hidden + PAD) * 2).next_multiple_of(128);
-        Front { normed, collected, ring: collected + ((widest + PAD) * 2).next_multiple_of(128) }
+        let scratch = collected + ((widest + PAD) * 2).next_multiple_of(128);
+        Front { normed, collected, scratch, ring: scratch + if long { SCRATCH_BYTES as u32 } else { 0 } }
     }
 }

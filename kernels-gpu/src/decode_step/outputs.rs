@@ -68,9 +68,18 @@ impl Epilogue {
     }
 }
 
-/// Queries, keys and values: of one head, element i of its first half and of its second.
+/// Queries, keys and values: of one head, element i of its first half and of its second. Where blocks share spans (`LONG`), in the
+/// lane's replica, else by one lane of four.
 #[inline(always)]
-pub(super) fn put_qkv(step: &Step<'_>, layer: u32, group: u32, g: u32, [mut a, mut b]: [f32; 2], epilogue: Epilogue) {
+pub(super) fn put_qkv<const LONG: bool>(
+    step: &Step<'_>,
+    layer: u32,
+    group: u32,
+    [mut a, mut b]: [f32; 2],
+    epilogue: Epilogue,
+) {
+    let (lane, _) = lane_and_warp();
+    let (g, t) = (lane / 4, lane % 4);
     let shape = step.shape;
     let (width, half, per_head) = (shape.head_width, shape.head_width / 2, shape.head_width / 16);
     let (head, i) = (group / per_head, group % per_head * 8 + g);
@@ -83,9 +92,18 @@ pub(super) fn put_qkv(step: &Step<'_>, layer: u32, group: u32, g: u32, [mut a, m
         (a, b) = (math::fma(a, cos, -(b * sin)), math::fma(b, cos, a * sin));
     }
     let (mut first, mut second) = (a.to_bits(), b.to_bits());
+    let (low, high) = (f32_to_bf16(a), f32_to_bf16(b));
     if head >= shape.heads {
-        let (a, b) = (f32_to_bf16(a), f32_to_bf16(b));
-        (first, second) = (u32::from(a.to_bits()), u32::from(b.to_bits()));
+        (first, second) = (u32::from(low.to_bits()), u32::from(high.to_bits()));
+    }
+    let words = shape.words();
+    let word = words.qkv + if LONG { t * words.replica } else { 0 } + head * width + i;
+    // SAFETY: words of the token's queries, keys and values.
+    unsafe {
+        step.words.store(word, first, step.layer_tag(layer));
+        step.words.store(word + half, second, step.layer_tag(layer));
+    }
+    if head >= shape.heads && t == 0 {
         let is_key = head < shape.heads + shape.kv_heads;
         let [position, _, page, _] = step.token();
         let slot = position % PAGE as u32;
@@ -93,17 +111,11 @@ pub(super) fn put_qkv(step: &Step<'_>, layer: u32, group: u32, g: u32, [mut a, m
         let (place, step_to) =
             if is_key { (slot * width + i, half) } else { (i * PAGE as u32 + slot, half * PAGE as u32) };
         let address = step.address(layer, if is_key { 7 } else { 8 });
-        // SAFETY: the address of the layer's pages. Of them only the step's own token is written, by one warp, and it is
-        // not read as a page in this launch.
+        // SAFETY: the address of the layer's pages. Of them only the step's own token is written, by one warp. What this launch
+        // reads there, where it copies the whole page, counts for nothing.
         let pages: Out<bf16> = unsafe { Out::at_address(address, step.page_elements) };
-        pages.set(start + place as usize, a);
-        pages.set(start + (place + step_to) as usize, b);
-    }
-    let word = shape.words().qkv + head * width + i;
-    // SAFETY: words of the token's queries, keys and values.
-    unsafe {
-        step.words.store(word, first, step.layer_tag(layer));
-        step.words.store(word + half, second, step.layer_tag(layer));
+        pages.set(start + place as usize, low);
+        pages.set(start + (place + step_to) as usize, high);
     }
 }
 

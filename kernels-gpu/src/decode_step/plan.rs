@@ -34,7 +34,7 @@ pub struct Shape {
 pub(super) const REPLICAS: u32 = 4;
 
 /// Where the words of each phase start in the first of several replicas, and how many there are. Only the first has QKV, of
-/// which few blocks read each word.
+/// which few blocks read each word, unless blocks share the spans of a context.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Words {
     /// \[(H + 2 G) D\]: queries f32, keys and values bf16.
@@ -50,6 +50,19 @@ pub struct Words {
     /// Words of a replica.
     pub replica: u32,
     /// Words of all replicas.
+    pub len: u32,
+}
+
+/// Where the words are by which blocks share the spans of a long context, all f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Partials {
+    /// A word for each replica, in lines of their own: the first span of all has been computed.
+    pub started: u32,
+    /// \[H, spans, 2\]: maximum and sum.
+    pub statistics: u32,
+    /// \[H D / 16, spans, 16\].
+    pub outputs: u32,
+    /// Words of all, and of what stands before them.
     pub len: u32,
 }
 
@@ -80,6 +93,15 @@ impl Shape {
     #[must_use]
     pub const fn qkv_width(self) -> u32 {
         (self.heads + 2 * self.kv_heads) * self.head_width
+    }
+
+    /// Where the words of spans are that blocks share, where contexts have at most so many; they follow the others.
+    #[must_use]
+    pub const fn partials(self, most_spans: u32) -> Partials {
+        let started = self.words().len;
+        let statistics = started + 16 * REPLICAS;
+        let outputs = (statistics + self.heads * most_spans * 2).next_multiple_of(16);
+        Partials { started, statistics, outputs, len: outputs + self.query_width() * most_spans }
     }
 
     /// Groups of a phase of a layer; of the head, where the phase is [`PHASES`].

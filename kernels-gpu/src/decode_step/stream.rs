@@ -4,19 +4,32 @@ use cuda_std::prelude::*;
 
 use super::Step;
 use super::plan::{ATTENTION, Cut, Linear};
+use super::spans::{self, Tasks};
+use crate::attention::SPAN;
 use crate::attention_decode_short::apart_bytes;
 use crate::weight_ring::{Filler, Ring};
 
 /// Streams the block's weights, in the order of the phases.
 #[inline(always)]
-pub(super) fn stream(step: &Step<'_>, ring: Ring, ahead: u32, pace: u32) {
+pub(super) fn stream<const LONG: bool>(
+    step: &Step<'_>,
+    [positions, row_tables]: [In<u32>; 2],
+    ring: Ring,
+    ahead: u32,
+    pace: u32,
+) {
+    let mut spans = LONG.then(|| Spans::new(step, positions, row_tables));
     let mut filler = Filler::new(ring, ahead, pace);
     let (mut linear, mut layer) = (Linear::Qkv, 0);
     let layers = step.layers;
     loop {
         let shape = step.shape;
-        if linear == Linear::Output {
-            for _ in 0..step.share(layer, ATTENTION).count {
+        if linear == Linear::Output
+            && let Some(spans) = &mut spans
+        {
+            spans.fill(step, &mut filler, layer);
+        } else if linear == Linear::Output {
+            for _ in 0..step.share::<LONG>(layer, ATTENTION).count {
                 let width = shape.head_width as usize;
                 filler.reserve(apart_bytes(width) as u32);
             }
@@ -25,7 +38,7 @@ pub(super) fn stream(step: &Step<'_>, ring: Ring, ahead: u32, pace: u32) {
             filler.pace = 0;
         }
         let cut = shape.linear(linear);
-        let share = step.share(layer, linear.phase());
+        let share = step.share::<LONG>(layer, linear.phase());
         let weight = step.weight(linear, layer);
         let part = cut.width >> cut.halvings;
         if share.count > 0 && Cut::has_gain(linear) {
@@ -55,5 +68,43 @@ pub(super) fn stream(step: &Step<'_>, ring: Ring, ahead: u32, pace: u32) {
             break;
         }
         (linear, layer) = linear.next(layer, layers);
+    }
+}
+
+/// The block's spans of the context, and where they are.
+struct Spans {
+    tasks: Tasks,
+    /// The token's page table.
+    table: u32,
+    /// Of each lane, the page and KV head of the task of this turn.
+    place: u32,
+}
+
+impl Spans {
+    #[inline(always)]
+    fn new(step: &Step<'_>, positions: In<u32>, row_tables: In<u32>) -> Self {
+        let (position, table) = (positions.get(0), row_tables.get(0));
+        Self { tasks: Tasks::new(step.shape.kv_heads, spans::spans(step, position)), table, place: 0 }
+    }
+
+    /// Streams the keys and values of a layer.
+    #[inline(always)]
+    fn fill(&mut self, step: &Step<'_>, filler: &mut Filler, layer: u32) {
+        let (shape, tasks) = (step.shape, self.tasks);
+        if layer == 0 {
+            // Not before the first weights are on their way.
+            let own = tasks.after(thread::lane_id());
+            if own.left() {
+                let page = step.page_tables.get((self.table + own.span()) as usize);
+                self.place = page * shape.kv_heads + own.kv_head();
+            }
+        }
+        let mut turn = 0;
+        while tasks.after(turn).left() {
+            let first = warp::shuffle_u32(self.place, turn) as usize * (SPAN as u32 * shape.head_width) as usize;
+            let [keys, values] = [7, 8].map(|place| step.pages(layer, place));
+            filler.fill_span(keys, values, first, shape.head_width);
+            turn += 1;
+        }
     }
 }
