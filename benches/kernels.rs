@@ -14,8 +14,8 @@ use cuda_std::Element;
 use half::bf16;
 use host::device::{Buffer, CpuOptions, Device, DeviceError, KernelImage, KernelImages, MemoryKind, contract};
 use host::ops::{
-    self, BlockTokens, DecodeBlocks, DecodeScratch, FEW, HeadShape, Norm, PAGE, Pages, PagesMut, Pairing, Places,
-    PrefillTiles, RowParameters, SampleParams, Segment,
+    self, BlockTokens, DecodeBlocks, DecodeScratch, FEW, HeadShape, Mapped, Norm, PAGE, Pages, PagesMut, Pairing,
+    Places, PrefillTiles, QkvBlocks, RowParameters, SampleParams, Segment, TensorMaps,
 };
 use host::testing::TestRng;
 
@@ -156,6 +156,9 @@ fn bench(criterion: &mut Criterion, device: &Device, place: &'static str, cache_
         }
         if rows > FEW && ops::tiles_fits(device, shape.heads, shape.hidden, shape.ffn) {
             tile_layers(rig, inputs, &shape, rows);
+        }
+        if rows > FEW && ops::wgmma_fits(device, shape.heads, shape.hidden, shape.ffn) {
+            warpgroup_layers(rig, inputs, &shape, rows);
         }
         attention(rig, inputs, &shape, rows);
         from_logits(rig, inputs, &shape, rows);
@@ -382,6 +385,66 @@ fn tile_layers(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, rows: 
         ops::tile_logits(device, BLOCK, &x.as_slice(), &head, logits, best, ids)
     });
     rig.bytes("tile_logits", rows, bytes(vocab, hidden) + rows * hidden * 2, run);
+}
+
+/// The same layers by warpgroups; `wgmma_logits` has `few_argmax` behind it.
+fn warpgroup_layers(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape, rows: usize) {
+    const BLOCK: BlockTokens = BlockTokens::Chosen;
+    let Shape { hidden, ffn, vocab, heads, context, .. } = *shape;
+    let weight = |inputs: &mut Inputs<'_>, n: usize, k: usize| {
+        let rows = inputs.halves(n * k);
+        inputs.device.prepare_weight(rows, n, k, true).unwrap()
+    };
+    let maps = |device: &Device, of: [Mapped<'_>; 2]| TensorMaps::new(device, of).unwrap();
+    let bytes = |n: usize, k: usize| 2 * n * k;
+
+    let width = heads.qkv_width();
+    let (mut keys, mut values, tables, starts) = pages(inputs, heads, rows, context);
+    let (x, bias, qkv) = (inputs.halves(rows * hidden), inputs.halves(width), weight(inputs, width, hidden));
+    let positions = inputs.same(rows, context as u32 - 1);
+    let (angles, mut queries) = (inputs.floats(context * heads.width), inputs.same(rows * width, 0.0_f32));
+    let of = maps(rig.device, [Mapped::QkvInput(x.as_slice(), hidden), Mapped::Qkv(&qkv, heads.width)]);
+    let run: Run = Box::new(move |device| {
+        let places =
+            Places { positions: positions.as_slice(), row_tables: starts.as_slice(), page_tables: tables.as_slice() };
+        let mut pages = PagesMut { keys: keys.as_slice_mut(), values: values.as_slice_mut() };
+        let (x, bias, angles) = (x.as_slice(), bias.as_slice(), angles.as_slice());
+        let queries = &mut queries.as_slice_mut();
+        ops::wgmma_qkv(device, QkvBlocks::Chosen, &of, &x, &qkv, &bias, &angles, places, queries, &mut pages, heads)
+    });
+    let written = heads.query_width() * 4 + 2 * heads.kv_heads * heads.width * 2;
+    rig.bytes("wgmma_qkv", rows, bytes(width, hidden) + rows * (hidden * 2 + written), run);
+
+    for (layer, k) in [("attention output", heads.query_width()), ("down", ffn)] {
+        let segments = contract::segments(hidden, k);
+        let (x, weight) = (inputs.halves(rows * k), weight(inputs, hidden, k));
+        let mut parts = inputs.same(segments * rows * hidden, 0.0_f32);
+        let of = maps(rig.device, [Mapped::PartsInput(x.as_slice(), k), Mapped::Parts(&weight)]);
+        let run: Run = Box::new(move |device| {
+            ops::wgmma_parts(device, BLOCK, &of, segments, &x.as_slice(), &weight, &mut parts.as_slice_mut())
+        });
+        let size = format!("{layer} [{hidden}, {k}] in {segments} x {rows}");
+        rig.bytes("wgmma_parts", size, bytes(hidden, k) + rows * (k * 2 + segments * hidden * 4), run);
+    }
+
+    let (x, gate_up) = (inputs.halves(rows * hidden), weight(inputs, 2 * ffn, hidden));
+    let mut out = inputs.same(rows * ffn, bf16::ZERO);
+    let of = maps(rig.device, [Mapped::GateUpInput(x.as_slice(), hidden), Mapped::GateUp(&gate_up)]);
+    let run: Run = Box::new(move |device| {
+        ops::wgmma_gate_up(device, BLOCK, &of, &x.as_slice(), &gate_up, &mut out.as_slice_mut())
+    });
+    rig.bytes("wgmma_gate_up", rows, bytes(2 * ffn, hidden) + rows * (hidden + ffn) * 2, run);
+
+    let (x, head) = (inputs.halves(rows * hidden), weight(inputs, vocab, hidden));
+    let (mut best, mut ids) = (inputs.same(ops::wgmma_best_len(rig.device, rows), 0_u64), inputs.same(rows, 0_u32));
+    let mut unwanted = inputs.same(1, 0.0_f32);
+    let of = maps(rig.device, [Mapped::LogitsInput(x.as_slice(), hidden), Mapped::Logits(&head)]);
+    let run: Run = Box::new(move |device| {
+        let (best, ids) = (&mut best.as_slice_mut(), &mut ids.as_slice_mut());
+        let logits = &mut unwanted.slice_mut(..0)?;
+        ops::wgmma_logits(device, BLOCK, &of, &x.as_slice(), &head, logits, best, ids)
+    });
+    rig.bytes("wgmma_logits", rows, bytes(vocab, hidden) + rows * hidden * 2, run);
 }
 
 /// Pages of `rows` sequences of `context` tokens: keys, values, page tables, where each row's table starts.
