@@ -197,12 +197,13 @@ impl Scheduler {
         plan
     }
 
-    /// The step behind `plan`, which is committed and whose tokens are not known yet: one more token of each of its sequences.
+    /// The step behind `plan`, which is committed and whose tokens are not known yet, those behind ended prompts among them: one
+    /// more token of each of its sequences.
     /// Only where nothing else is to be done, and where every sequence has, or gets without anybody giving up pages, a page
     /// for it. The pages stay theirs if the step is not computed.
     pub(super) fn plan_ahead(&mut self, plan: &Plan) -> Option<Plan> {
-        let decodes = plan.segments.iter().all(|segment| segment.rows == 1 && segment.wants_token);
-        if !decodes || !self.waiting.is_empty() || plan.segments.len() != self.running.len() {
+        let all_go_on = plan.segments.iter().all(|segment| segment.wants_token);
+        if !all_go_on || !self.waiting.is_empty() || plan.segments.len() != self.running.len() {
             return None;
         }
         let mut ahead = Plan::default();
