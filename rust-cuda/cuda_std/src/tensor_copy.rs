@@ -118,4 +118,7 @@ copies! {
     /// Starts to copy the box that begins at column `column` of row `row` of eight, of matrix `part`, of the eights from
     /// `eight` on: see the host's description.
     copy_eights, "4d", [column row part eight];
+    /// Starts to copy the box that begins at column `column` of the rows that three dimensions number, from `block` on, where the
+    /// matrix's rows are to stand in another order than it has them: see the host's description.
+    copy_woven, "5d", [column one few some block];
 }

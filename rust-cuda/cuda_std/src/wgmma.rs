@@ -1,10 +1,12 @@
 //! Matrix products of a warpgroup (four consecutive warps, the first a multiple of four) from shared memory: `wgmma`, of compute
 //! capability 9.0 with its architecture-specific features.
 //!
-//! An operand is a tile of rows of 64 bf16 (128 bytes) in the layout that [`tensor_copy`](crate::tensor_copy) leaves: 16-byte piece
-//! p of row r stands in place p ^ (r % 8) of the row (PTX ISA, "128-byte swizzle").
+//! An operand is a tile of rows of 64 bf16 (128 bytes), k running along a row, in the layout that
+//! [`tensor_copy`](crate::tensor_copy) leaves: 16-byte piece p of row r stands in place p ^ (r % 8) of the row (PTX ISA, "128-byte
+//! swizzle"; [`place`]).
 //!
-//! On the CPU, and on a GPU without them, a kernel that multiplies so ends with a fault.
+//! The first operand is such a tile, too ([`Sums`]), or in registers ([`products`]). On a GPU without the instructions a kernel that
+//! multiplies so ends with a fault; the executor has the products with registers alone, and faults at the others.
 
 use half::bf16;
 
@@ -15,6 +17,47 @@ pub const ROWS: usize = 64;
 
 /// Elements of k in a row of a tile.
 pub const DEPTH: usize = 64;
+
+/// Elements of a tile of 64 rows.
+pub const TILE: usize = ROWS * DEPTH;
+
+/// Whether the kernel that is compiled has [`products`]: a GPU's with the instructions, and the executor's.
+pub const HAS_PRODUCTS: bool = cfg!(any(not(target_arch = "nvptx64"), target_feature = "sm_90a"));
+
+/// Elements of a multiple of which tiles start, by address: 1024 bytes.
+const ALIGNMENT: usize = 512;
+
+/// Elements that [`first_place`] may leave free.
+pub const MAX_FIRST_PLACE: usize = ALIGNMENT;
+
+/// Where element `column` of row `row` lies in a tile. The eight elements from a multiple of 8 on lie side by side.
+#[inline(always)]
+#[must_use]
+pub const fn place(row: usize, column: usize) -> usize {
+    row * DEPTH + ((column / 8) ^ (row % 8)) * 8 + column % 8
+}
+
+/// Elements to leave free at the start of `memory`, so that a tile may start there.
+#[inline(always)]
+#[must_use]
+pub fn first_place(memory: &Shared<bf16>) -> usize {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        (memory.address_of(0).wrapping_neg() as usize / size_of::<bf16>()) % ALIGNMENT
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        let _ = memory;
+        // Anything that shows who does not count it in.
+        ALIGNMENT - 8
+    }
+}
+
+/// Makes what this thread wrote or copied into shared memory known to the tensor cores; a barrier of those that did follows.
+#[inline(always)]
+pub fn publish() {
+    crate::bulk::release_to_copies();
+}
 
 /// A tile as an operand: PTX's matrix descriptor.
 #[derive(Clone, Copy)]
@@ -106,3 +149,91 @@ sums!(96: 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26
     40 41 42 43 44 45 46 47);
 sums!(128: 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32 33 34 35 36 37 38 39
     40 41 42 43 44 45 46 47 48 49 50 51 52 53 54 55 56 57 58 59 60 61 62 63);
+sums!(256: 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32 33 34 35 36 37 38 39 40
+    41 42 43 44 45 46 47 48 49 50 51 52 53 54 55 56 57 58 59 60 61 62 63 64 65 66 67 68 69 70 71 72 73 74 75 76 77 78 79 80
+    81 82 83 84 85 86 87 88 89 90 91 92 93 94 95 96 97 98 99 100 101 102 103 104 105 106 107 108 109 110 111 112 113 114 115
+    116 117 118 119 120 121 122 123 124 125 126 127);
+
+#[cfg(all(target_arch = "nvptx64", target_feature = "sm_90a"))]
+macro_rules! products {
+    ($($a:literal)*) => {
+        products!(@step [$($a)*] 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31)
+    };
+    (@step [$first:literal $($a:literal)*] 0 $($d:literal)*) => {
+        concat!(
+            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {{{0}", $(", {", $d, "}",)* "}}, {{{", $first, "}",
+            $(", {", $a, "}",)* "}}, b, add, 1, 1, 0;"
+        )
+    };
+}
+
+/// A B^T for the whole warpgroup, of 64 rows of A, of which a warp has 16, and the 64 rows of the tile B from element `start` of
+/// `memory` on: the chain of four steps of 16 k in order, the first of which adds to 0. Returns when the sums are there.
+///
+/// `a[s]` are the words of [`m16n8k16_bf16`](crate::mma::m16n8k16_bf16) for columns 16 s to 16 s + 15 of the warp's rows; result `n`
+/// is that product's for rows 8 n to 8 n + 7 of the tile, with its bits.
+#[inline(always)]
+#[must_use]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub fn products(a: &[[u32; 4]; 4], memory: &Shared<bf16>, start: usize) -> [[f32; 4]; 8] {
+    #[cfg(all(target_arch = "nvptx64", target_feature = "sm_90a"))]
+    {
+        let Operand(operand) = Operand::new(memory, start);
+        let mut d = [[0.0f32; 4]; 8];
+        // SAFETY: reads registers and a tile of shared memory, which is inside the array (the kernel's duty). The block of
+        // instructions ends when the products have, so no register is used while they run.
+        unsafe {
+            core::arch::asm!(
+                "{{ .reg .pred add; .reg .b64 b;",
+                "setp.ne.u32 add, 0, 0;",
+                "mov.b64 b, {48};",
+                "wgmma.fence.sync.aligned;",
+                products!(32 33 34 35),
+                "setp.eq.u32 add, 0, 0;",
+                "add.u64 b, b, 2;",
+                products!(36 37 38 39),
+                "add.u64 b, b, 2;",
+                products!(40 41 42 43),
+                "add.u64 b, b, 2;",
+                products!(44 45 46 47),
+                "wgmma.commit_group.sync.aligned;",
+                "wgmma.wait_group.sync.aligned 0; }}",
+                out(reg32) d[0][0], out(reg32) d[0][1], out(reg32) d[0][2], out(reg32) d[0][3],
+                out(reg32) d[1][0], out(reg32) d[1][1], out(reg32) d[1][2], out(reg32) d[1][3],
+                out(reg32) d[2][0], out(reg32) d[2][1], out(reg32) d[2][2], out(reg32) d[2][3],
+                out(reg32) d[3][0], out(reg32) d[3][1], out(reg32) d[3][2], out(reg32) d[3][3],
+                out(reg32) d[4][0], out(reg32) d[4][1], out(reg32) d[4][2], out(reg32) d[4][3],
+                out(reg32) d[5][0], out(reg32) d[5][1], out(reg32) d[5][2], out(reg32) d[5][3],
+                out(reg32) d[6][0], out(reg32) d[6][1], out(reg32) d[6][2], out(reg32) d[6][3],
+                out(reg32) d[7][0], out(reg32) d[7][1], out(reg32) d[7][2], out(reg32) d[7][3],
+                in(reg32) a[0][0], in(reg32) a[0][1], in(reg32) a[0][2], in(reg32) a[0][3],
+                in(reg32) a[1][0], in(reg32) a[1][1], in(reg32) a[1][2], in(reg32) a[1][3],
+                in(reg32) a[2][0], in(reg32) a[2][1], in(reg32) a[2][2], in(reg32) a[2][3],
+                in(reg32) a[3][0], in(reg32) a[3][1], in(reg32) a[3][2], in(reg32) a[3][3],
+                in(reg64) operand, options(nostack));
+        }
+        d
+    }
+    #[cfg(all(target_arch = "nvptx64", not(target_feature = "sm_90a")))]
+    {
+        let _ = (a, memory, start);
+        crate::trap()
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        let lane = crate::thread::lane_id() as usize;
+        let (g, t) = (lane / 4, lane % 4);
+        let word = |row: usize, column: usize| {
+            let [low, high]: [bf16; 2] = memory.load(start + place(row, column));
+            u32::from(low.to_bits()) | (u32::from(high.to_bits()) << 16)
+        };
+        let mut d = [[0.0; 4]; 8];
+        for (n, d) in d.iter_mut().enumerate() {
+            for (s, &a) in a.iter().enumerate() {
+                let b = [word(n * 8 + g, s * 16 + t * 2), word(n * 8 + g, s * 16 + t * 2 + 8)];
+                *d = crate::cpu::mma_m16n8k16_bf16(a, b, *d);
+            }
+        }
+        d
+    }
+}
