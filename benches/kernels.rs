@@ -536,7 +536,7 @@ fn prefill(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape) {
     let run: Run = Box::new(move |device| {
         let pages = Pages { keys: keys.as_slice(), values: values.as_slice() };
         let (qkv, tables, out) = (qkv.as_slice(), tables.as_slice(), &mut out.as_slice_mut());
-        ops::attention_prefill(device, &qkv, pages, &tables, &tiles, &numbers.as_slice(), out, heads)
+        ops::attention_prefill(device, &qkv, pages, None, &tables, &tiles, &numbers.as_slice(), out, heads)
     });
     // A product and a sum for each score and for its value; causal, so half of all pairs.
     let flops = 4 * heads.query_width() * (prompt * (prompt + 1) / 2);

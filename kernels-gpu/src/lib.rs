@@ -34,6 +34,7 @@ pub mod argmax;
 pub mod attention;
 pub mod attention_decode;
 pub mod attention_decode_short;
+pub mod attention_groups;
 pub mod attention_prefill;
 pub mod attention_prefill_group;
 pub mod bias_add;
@@ -90,6 +91,8 @@ pub const KERNELS: &[&cuda_std::launch::KernelDesc] = &[
     attention_decode_short::attention_decode_short_64::KERNEL,
     attention_decode_short::attention_decode_short_96::KERNEL,
     attention_decode_short::attention_decode_short_128::KERNEL,
+    attention_groups::attention_groups_64::KERNEL,
+    attention_groups::attention_groups_short_64::KERNEL,
     attention_prefill::attention_prefill_32::KERNEL,
     attention_prefill::attention_prefill_64::KERNEL,
     attention_prefill::attention_prefill_96::KERNEL,

@@ -8,8 +8,8 @@
 use cuda_std::bulk::Barriers;
 use cuda_std::prelude::*;
 use cuda_std::shared;
-use cuda_std::tensor_copy::{arrive_at, cluster_rank, copy_rows, copy_woven, sync_cluster};
-use cuda_std::wgmma::{DEPTH as STAGE, Operand, ROWS, Sums};
+use cuda_std::tensor_copy::{cluster_rank, copy_rows, copy_woven, sync_cluster};
+use cuda_std::wgmma::{DEPTH as STAGE, Operand, Place, ROWS, Ring, Sums};
 
 use crate::silu_mul::{gated, gated_ordinary, is_ordinary};
 
@@ -39,20 +39,31 @@ pub const fn ring_bytes() -> usize {
     SLOTS * (SLOT * 2 + 16)
 }
 
-/// Activations of gates and their ups, at once and without a branch, or each would wait for the one before it. Gates that this does
-/// not suit, hardly ever any, are computed again.
+/// Activations of pairs of gates and their ups, at once and without a branch, or each would wait for the one before it. Gates that
+/// this does not suit, hardly ever any, are computed again. (In pairs, because a conversion of one takes as long as a division.)
 #[inline(always)]
-fn activated<const N: usize>(pairs: [(bf16, bf16); N]) -> [bf16; N] {
-    let mut values = pairs.map(|(gate, up)| f32_to_bf16(gated_ordinary(gate, up)));
-    if pairs.iter().any(|&(gate, _)| !is_ordinary(gate)) {
+fn activated<const N: usize>(gates: [u32; N], ups: [u32; N]) -> [u32; N] {
+    let split = |pair: u32| [bf16::from_bits(pair as u16), bf16::from_bits((pair >> 16) as u16)];
+    let mut values = [[0.0f32; 2]; N];
+    let mut all_ordinary = true;
+    for n in 0..N {
+        let (gates, ups) = (split(gates[n]), split(ups[n]));
+        for i in 0..2 {
+            values[n][i] = gated_ordinary(gates[i], ups[i]);
+            all_ordinary &= is_ordinary(gates[i]);
+        }
+    }
+    if !all_ordinary {
         for n in 0..N {
-            let (gate, up) = pairs[n];
-            if !is_ordinary(gate) {
-                values[n] = f32_to_bf16(gated(gate, up));
+            let (gates, ups) = (split(gates[n]), split(ups[n]));
+            for i in 0..2 {
+                if !is_ordinary(gates[i]) {
+                    values[n][i] = gated(gates[i], ups[i]);
+                }
             }
         }
     }
-    values
+    values.map(|[low, high]| bf16_pair(low, high))
 }
 
 /// The gate and up layer and the gated activation: the bits of [`crate::linear::linear_bf16()`] followed by
@@ -142,36 +153,36 @@ pub fn wgmma_long_gate_up(
         }
     } else {
         thread::wait_for_predecessors();
-        let (mut slot, mut parity) = (0, 0);
+        let stages_of_both = Ring {
+            a: Operand::new(&ring, warp / 4 * ROWS * STAGE),
+            b: Operand::new(&ring, TOKENS * STAGE),
+            slot_bytes: (SLOT * 2) as u32,
+            slots: SLOTS as u32,
+            barriers,
+            cluster: CLUSTER as u32,
+        };
+        let mut place = Place::FIRST;
         let mut tile = cluster;
         while tile < tiles {
             let mut sums = [0.0; WIDTH];
-            for _ in 0..stages {
-                barriers.wait(slot, parity);
-                warp::sync_warp();
-                let a = Operand::new(&ring, slot * SLOT + warp / 4 * ROWS * STAGE);
-                sums.add(a, Operand::new(&ring, slot * SLOT + TOKENS * STAGE));
-                if lane < CLUSTER as u32 {
-                    arrive_at(&barriers, SLOTS + slot, lane);
-                }
-                slot += 1;
-                if slot == SLOTS {
-                    (slot, parity) = (0, parity ^ 1);
-                }
-            }
+            sums.add_stages(&stages_of_both, &mut place, stages);
             let token = token_of(tile) + warp as u32 * 16 + lane / 4;
             let column = tile / pairs * WIDTH as u32 + lane % 4 * 8;
             for half in 0..2 {
                 for block in 0..WIDTH / WOVEN {
                     // Gates are the first half of the outputs, ups the second.
-                    let pair = |element: usize| {
-                        let at = (block * 4 + element / 2) * 4 + half * 2 + element % 2;
-                        (f32_to_bf16(sums[at]), f32_to_bf16(sums[at + WIDTH / 2]))
+                    let pair = |eight: usize| {
+                        let at = (block * 4 + eight) * 4 + half * 2;
+                        let up = at + WIDTH / 2;
+                        (bf16_pair(sums[at], sums[at + 1]), bf16_pair(sums[up], sums[up + 1]))
                     };
                     let mut values = [bf16::ZERO; 8];
-                    for four in 0..2 {
-                        let some = activated([0, 1, 2, 3].map(|element| pair(four * 4 + element)));
-                        values[four * 4..][..4].copy_from_slice(&some);
+                    for two in 0..2 {
+                        let [first, second] = [pair(two * 2), pair(two * 2 + 1)];
+                        let words = activated([first.0, second.0], [first.1, second.1]);
+                        for n in 0..4 {
+                            values[two * 4 + n] = bf16::from_bits((words[n / 2] >> (n % 2 * 16)) as u16);
+                        }
                     }
                     let (row, at) = (token + half as u32 * 8, column + (block * WOVEN) as u32);
                     if row < tokens && at < ffn {

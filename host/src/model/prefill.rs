@@ -4,12 +4,17 @@
 
 use super::decode::{self, Tokens};
 use super::layout::{Layout, Wanted};
+use super::transformer::Layers;
 use super::{Choosing, KvCache, Model, Step, StepLimits, Workspace};
 use crate::device::{DeviceError, LinearBackend, Recording};
 use crate::ops::{PrefillTiles, TileKind};
 
 /// Rows of the largest step that is recorded: a GPU computes more for longer than the host takes to launch them.
 const MOST_ROWS: usize = 1024;
+
+/// Rows of the smallest step whose gate and up layer, with its activation, is our own tiles'. On an H100 it takes FIGURES
+/// (`benches/results`).
+const FUSED_ROWS: usize = 1024;
 
 /// How many recordings are kept. One is about 9 launches a layer.
 pub(super) const RECORDINGS: usize = 64;
@@ -64,6 +69,16 @@ impl Model {
     #[must_use]
     pub fn records_prefill(&self, rows: usize) -> bool {
         self.ways.has_recorded_prefills() && (1..=MOST_ROWS).contains(&rows)
+    }
+
+    /// Whether layers of a step of so many rows, prefills among them, are our own tiles' instead of the library's.
+    #[must_use]
+    pub fn fuses_prefill(&self, rows: usize) -> bool {
+        self.layers(rows) == Layers::Fused
+    }
+
+    pub(super) fn layers(&self, rows: usize) -> Layers {
+        if self.ways.has_fused_prefills() && rows >= FUSED_ROWS { Layers::Fused } else { Layers::Separate }
     }
 
     /// Computes all prefills by separate operations from now on: the self-test's verdict.
@@ -132,7 +147,9 @@ impl Model {
         self.give(step, choosing, layout, &tiles, workspace, tokens)?;
         // To the end of the memory: the tables' length is no part of the bucket.
         let tables_end = workspace.indices.len();
-        self.device().replay(recording, &mut || self.launch_step(layout, &tiles, &[], tables_end, cache, workspace))
+        let layers = self.layers(layout.rows);
+        let mut launch = || self.launch_step(layout, layers, &tiles, &[], tables_end, cache, workspace);
+        self.device().replay(recording, &mut launch)
     }
 }
 
@@ -396,7 +413,7 @@ mod tests {
         let draws = [draw(1, 1.0), draw(2, 0.9), draw(3, 1.0)];
         for choosing in [Choosing::Likeliest, Choosing::Drawn(&draws)] {
             let expected = left(&model, &parts, &numbers, &|model, step, cache, workspace| {
-                model.compute(step, choosing, cache, workspace, Tokens::Given).unwrap();
+                model.compute(step, choosing, cache, workspace, Tokens::Given, Layers::Separate).unwrap();
             });
             assert!(expected.chosen.iter().all(|&id| (id as usize) < model.config().vocab), "{:?}", expected.chosen);
             let found = left(&model, &parts, &numbers, &|model, step, cache, workspace| {

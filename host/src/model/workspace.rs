@@ -120,6 +120,7 @@ impl Model {
     fn tensor_maps(&self, workspace: &mut Workspace) -> Result<TensorMaps, DeviceError> {
         let (hidden, ffn) = (self.config().hidden, self.config().ffn);
         let gated = workspace.arena.layers()?.gated;
+        let long = ops::wgmma_long_fits(self.device(), hidden, ffn);
         let values = [
             Mapped::GateUpInput(workspace.normed.as_slice(), hidden),
             Mapped::PartsInput(gated.as_slice(), ffn),
@@ -128,7 +129,10 @@ impl Model {
         ];
         let layers = self.parameters.layers.iter();
         let weights = layers.flat_map(|layer| [Mapped::GateUp(&layer.gate_up), Mapped::Parts(&layer.down)]);
-        TensorMaps::new(self.device(), values.into_iter().chain(weights))
+        let long_input = [Mapped::LongGateUpInput(workspace.normed.as_slice(), hidden)];
+        let long_weights = self.parameters.layers.iter().map(|layer| Mapped::LongGateUp(&layer.gate_up));
+        let longs = long_input.into_iter().chain(long_weights).filter(|_| long);
+        TensorMaps::new(self.device(), values.into_iter().chain(weights).chain(longs))
     }
 }
 

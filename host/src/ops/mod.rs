@@ -36,7 +36,10 @@ pub use sampling::{
     LogProbs, SampleParams, argmax, log_probs, penalties, sample, sample_scratch_len, spare_for_choosing,
 };
 pub use tiles::{BlockTokens, tile_best_len, tile_gate_up, tile_logits, tile_parts, tile_qkv, tiles_fits};
-pub use wgmma::{Mapped, TensorMaps, wgmma_best_len, wgmma_fits, wgmma_gate_up, wgmma_logits, wgmma_parts};
+pub use wgmma::{
+    Mapped, TensorMaps, wgmma_attends, wgmma_best_len, wgmma_fits, wgmma_gate_up, wgmma_logits, wgmma_long_fits,
+    wgmma_long_gate_up, wgmma_parts,
+};
 
 use crate::device::DeviceError;
 

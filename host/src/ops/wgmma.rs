@@ -1,13 +1,16 @@
-//! The linear layers of decode steps of many rows on Hopper, with what stands behind them. Each gives the bits of the separate
-//! operations on a GPU; how many tokens a block takes changes none.
+//! The linear layers of steps of many rows on Hopper, with what stands behind them. Each gives the bits of the separate operations on
+//! a GPU; how many tokens a block takes changes none.
+
+use std::ops::Range;
 
 use cuda_std::launch::Grid;
 use half::bf16;
 use kernels_gpu::warpgroup_tiles::{Layout, STAGE};
-use kernels_gpu::{few_logits, wgmma_gate_up, wgmma_logits, wgmma_parts};
+use kernels_gpu::{attention_groups as groups, attention_prefill as prefill};
+use kernels_gpu::{few_logits, wgmma_gate_up, wgmma_logits, wgmma_long_gate_up as long, wgmma_parts};
 
 use super::tiles::BlockTokens;
-use super::{expect, size};
+use super::{HeadShape, PAGE, expect, size};
 use crate::device::{
     Buffer, Device, DeviceError, Dimension, MemoryKind, Slice, SliceMut, TENSOR_MAP_WORDS, Weight, contract,
 };
@@ -32,6 +35,22 @@ pub fn wgmma_fits(device: &Device, hidden: usize, ffn: usize) -> bool {
         && ffn.is_multiple_of(STAGE * contract::segments(hidden, ffn))
 }
 
+/// Whether warpgroups compute [`attention_prefill()`](super::attention_prefill) where it is given tensor maps of the pages.
+#[must_use]
+pub fn wgmma_attends(device: &Device, heads: HeadShape) -> bool {
+    device.kernel_image() == Some(IMAGE)
+        && heads.width == STAGE
+        && groups::shared_bytes(prefill::BLOCK_ROWS) <= device.shared_bytes_per_block()
+}
+
+/// Whether [`wgmma_long_gate_up()`] takes a model's shapes where the others do.
+#[must_use]
+pub fn wgmma_long_fits(device: &Device, hidden: usize, ffn: usize) -> bool {
+    wgmma_fits(device, hidden, ffn)
+        && ffn.is_multiple_of(long::WOVEN)
+        && long::ring_bytes() <= device.shared_bytes_per_block()
+}
+
 /// Elements of the scratch of [`wgmma_logits()`] for `rows` rows.
 #[must_use]
 pub fn wgmma_best_len(device: &Device, rows: usize) -> usize {
@@ -45,23 +64,39 @@ pub enum Mapped<'a> {
     GateUpInput(Slice<'a, bf16>, usize),
     /// The weight of it.
     GateUp(&'a Weight),
+    /// The input of [`wgmma_long_gate_up()`], all of it, and K.
+    LongGateUpInput(Slice<'a, bf16>, usize),
+    /// The weight of it.
+    LongGateUp(&'a Weight),
     /// The input of [`wgmma_parts()`] \[M, K\], and K.
     PartsInput(Slice<'a, bf16>, usize),
     /// The weight of it.
     Parts(&'a Weight),
+    /// A layer's keys, or its values, for [`attention_prefill()`](super::attention_prefill) with heads of 64 elements.
+    Pages(Slice<'a, bf16>),
     /// The input of [`wgmma_logits()`] \[M, K\], and K.
     LogitsInput(Slice<'a, bf16>, usize),
     /// The weight of it.
     Logits(&'a Weight),
 }
 
-/// The matrix that a tensor map is of, and its boxes' rows.
+/// What a copy takes of a matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Boxes {
+    /// So many rows.
+    Rows(usize),
+    /// Gates and their ups by eights.
+    Eights,
+    /// Outputs in the order in which a lane has neighbours.
+    Woven,
+}
+
+/// The matrix that a tensor map is of, and its boxes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Key {
     address: u64,
     width: usize,
-    /// Of boxes; 0 for gates and ups.
-    box_rows: usize,
+    boxes: Boxes,
 }
 
 /// Tensor maps in a device's memory. They do not hold the matrices: whoever uses one brings the matrix along.
@@ -98,6 +133,12 @@ impl TensorMaps {
         self.words.slice(place * TENSOR_MAP_WORDS..(place + 1) * TENSOR_MAP_WORDS)
     }
 
+    /// That of all keys of a layer, or of all values.
+    pub(super) fn pages(&self, name: &str, pages: &Slice<'_, bf16>) -> Result<Slice<'_, u64>, DeviceError> {
+        let key = Key { address: pages.address(), width: STAGE, boxes: Boxes::Rows(PAGE) };
+        self.find(name, key, pages.len() / STAGE)
+    }
+
     fn input(
         &self,
         name: &str,
@@ -105,12 +146,13 @@ impl TensorMaps {
         x: &Slice<'_, bf16>,
         width: usize,
     ) -> Result<Slice<'_, u64>, DeviceError> {
-        self.find(name, Key { address: x.address(), width, box_rows: layout.box_rows() }, x.len() / width)
+        let boxes = Boxes::Rows(layout.box_rows());
+        self.find(name, Key { address: x.address(), width, boxes }, x.len() / width)
     }
 
-    fn weight(&self, name: &str, weight: &Weight, box_rows: usize) -> Result<Slice<'_, u64>, DeviceError> {
+    fn weight(&self, name: &str, weight: &Weight, boxes: Boxes) -> Result<Slice<'_, u64>, DeviceError> {
         let address = weight.rows()?.as_slice().address();
-        self.find(name, Key { address, width: weight.k(), box_rows }, weight.n())
+        self.find(name, Key { address, width: weight.k(), boxes }, weight.n())
     }
 }
 
@@ -128,7 +170,7 @@ fn encode_rows(
     let dimensions =
         [Dimension { len: width, stride: 1, boxed: STAGE }, Dimension { len: rows, stride: width, boxed: box_rows }];
     let map = device.tensor_map(source, &dimensions)?;
-    Ok((Key { address: source.address(), width, box_rows }, rows, map))
+    Ok((Key { address: source.address(), width, boxes: Boxes::Rows(box_rows) }, rows, map))
 }
 
 /// The maps that the layouts of an operation want of a matrix: those with other boxes apart.
@@ -148,6 +190,7 @@ fn encode(device: &Device, matrix: Mapped<'_>) -> Result<Vec<Encoded>, DeviceErr
         Mapped::PartsInput(x, width) => input(&x, width, PARTS),
         Mapped::LogitsInput(x, width) => input(&x, width, LOGITS),
         Mapped::Parts(weight) => outputs(weight, PARTS),
+        Mapped::Pages(pages) => Ok(vec![encode_rows(device, &pages, STAGE, PAGE)?]),
         Mapped::Logits(weight) => outputs(weight, LOGITS),
         Mapped::GateUp(weight) => {
             let (rows, width) = (weight.rows()?.as_slice(), weight.k());
@@ -159,7 +202,25 @@ fn encode(device: &Device, matrix: Mapped<'_>) -> Result<Vec<Encoded>, DeviceErr
                 Dimension { len: ffn / 8, stride: 8 * width, boxed: GATE_UP[0].outputs / 16 },
             ];
             let map = device.tensor_map(&rows, &dimensions)?;
-            Ok(vec![(Key { address: rows.address(), width, box_rows: 0 }, weight.n(), map)])
+            Ok(vec![(Key { address: rows.address(), width, boxes: Boxes::Eights }, weight.n(), map)])
+        }
+        Mapped::LongGateUpInput(x, width) => Ok(vec![encode_rows(device, &x, width, long::TOKENS)?]),
+        Mapped::LongGateUp(weight) => {
+            let (rows, width) = (weight.rows()?.as_slice(), weight.k());
+            // Outputs 8 t + 2 i + j of 32 stand at 8 i + 2 t + j, whose sums lane t of four has.
+            let dimensions = [
+                Dimension { len: width, stride: 1, boxed: STAGE },
+                Dimension { len: 2, stride: width, boxed: 2 },
+                Dimension { len: 4, stride: 8 * width, boxed: 4 },
+                Dimension { len: 4, stride: 2 * width, boxed: 4 },
+                Dimension {
+                    len: weight.n() / long::WOVEN,
+                    stride: long::WOVEN * width,
+                    boxed: long::WIDTH / long::WOVEN,
+                },
+            ];
+            let map = device.tensor_map(&rows, &dimensions)?;
+            Ok(vec![(Key { address: rows.address(), width, boxes: Boxes::Woven }, weight.n(), map)])
         }
     }
 }
@@ -226,7 +287,8 @@ pub fn wgmma_parts(
         1 => wgmma_parts::wgmma_parts_128::launch,
         _ => wgmma_parts::wgmma_parts_256::launch,
     };
-    let (x_map, weight_map) = (maps.input(NAME, layout, x, width)?, maps.weight(NAME, weight, layout.outputs)?);
+    let (x_map, weight_map) =
+        (maps.input(NAME, layout, x, width)?, maps.weight(NAME, weight, Boxes::Rows(layout.outputs))?);
     let grid = grid(NAME, layout, outputs.div_ceil(layout.outputs), tokens, segments)?;
     let (tokens, outputs, part) = (size(NAME, tokens)?, size(NAME, outputs)?, size(NAME, width / segments)?);
     device.launch(kernel(&x_map, &weight_map, parts, tokens, outputs, part), grid)
@@ -260,10 +322,52 @@ pub fn wgmma_gate_up(
         1 => wgmma_gate_up::wgmma_gate_up_128::launch,
         _ => wgmma_gate_up::wgmma_gate_up_256::launch,
     };
-    let (x_map, weight_map) = (maps.input(NAME, layout, x, width)?, maps.weight(NAME, weight, 0)?);
+    let (x_map, weight_map) = (maps.input(NAME, layout, x, width)?, maps.weight(NAME, weight, Boxes::Eights)?);
     let grid = grid(NAME, layout, (2 * ffn).div_ceil(layout.outputs), tokens, 1)?;
     let (tokens, ffn, width) = (size(NAME, tokens)?, size(NAME, ffn)?, size(NAME, width)?);
     device.launch(kernel(&x_map, &weight_map, out, tokens, ffn, width), grid)
+}
+
+/// As [`wgmma_gate_up()`], for rows `rows` of `x`, in tiles for many: `out` is \[their number, F\]. `maps` has
+/// [`Mapped::LongGateUpInput`] of x, or of more rows from its first on, and [`Mapped::LongGateUp`] of the weight.
+///
+/// # Errors
+/// As for [`wgmma_parts()`].
+pub fn wgmma_long_gate_up(
+    device: &Device,
+    maps: &TensorMaps,
+    x: &Slice<'_, bf16>,
+    rows: Range<usize>,
+    weight: &Weight,
+    out: &mut SliceMut<'_, bf16>,
+) -> Result<(), DeviceError> {
+    const NAME: &str = "wgmma_long_gate_up";
+    let (width, ffn) = (weight.k(), weight.n() / 2);
+    let all = self::rows(NAME, device, x, width, 1)?;
+    let shaped = weight.n() == 2 * ffn
+        && ffn.is_multiple_of(long::WOVEN)
+        && rows.start < rows.end
+        && rows.end <= all
+        && out.len() == rows.len() * ffn;
+    expect(shaped, NAME, || {
+        format!(
+            "rows {rows:?} of {all}, weight {} x {width}, F a multiple of {}, out of {}",
+            weight.n(),
+            long::WOVEN,
+            out.len()
+        )
+    })?;
+    let x_map = maps.find(NAME, Key { address: x.address(), width, boxes: Boxes::Rows(long::TOKENS) }, all)?;
+    let weight_map = maps.weight(NAME, weight, Boxes::Woven)?;
+    let tiles = rows.len().div_ceil(long::CLUSTER * long::TOKENS) * ffn.div_ceil(long::WIDTH);
+    let clusters = tiles.min(device.multiprocessors() / long::CLUSTER).max(1);
+    let grid = Grid {
+        blocks: [size(NAME, clusters * long::CLUSTER)?, 1, 1],
+        dynamic_shared_bytes: size(NAME, long::ring_bytes())?,
+    };
+    let (first, tokens) = (size(NAME, rows.start)?, size(NAME, rows.len())?);
+    let (ffn, width) = (size(NAME, ffn)?, size(NAME, width)?);
+    device.launch(long::wgmma_long_gate_up::launch(&x_map, &weight_map, out, first, tokens, ffn, width), grid)
 }
 
 /// The head of `x` \[M, K\]: `logits` \[M, V\] where given, and the token that [`argmax`](super::argmax) would choose of each row
@@ -306,7 +410,8 @@ pub fn wgmma_logits(
         1 => wgmma_logits::wgmma_logits_128::launch,
         _ => wgmma_logits::wgmma_logits_256::launch,
     };
-    let (x_map, weight_map) = (maps.input(NAME, layout, x, width)?, maps.weight(NAME, weight, layout.outputs)?);
+    let (x_map, weight_map) =
+        (maps.input(NAME, layout, x, width)?, maps.weight(NAME, weight, Boxes::Rows(layout.outputs))?);
     let mut best = best.slice_mut(..blocks * tokens)?;
     let grid = grid(NAME, layout, blocks, tokens, 1)?;
     let (columns, vocab, width) = (size(NAME, tokens)?, size(NAME, vocab)?, size(NAME, width)?);

@@ -11,6 +11,7 @@
 use half::bf16;
 
 use crate::Shared;
+use crate::bulk::Barriers;
 
 /// Rows of the first operand.
 pub const ROWS: usize = 64;
@@ -92,6 +93,40 @@ pub trait Sums {
     /// Adds the products of a stage, 64 of k: the chain of four steps of 16 k in order, each of which adds to what is there.
     /// `a` has 64 rows, `b` has N. Returns when they have been read and the sums are there.
     fn add(&mut self, a: Operand, b: Operand);
+
+    /// The same for the next `stages` stages of a ring, one at least, from `place` on, which moves on: each as soon as its slot is
+    /// full, so that the tensor cores have the next one's products to do while one's are awaited. Says of each slot that this warp has
+    /// read it.
+    fn add_stages(&mut self, ring: &Ring, place: &mut Place, stages: u32);
+}
+
+/// A ring of stages in shared memory, each a slot with the tiles of both operands.
+#[derive(Clone, Copy)]
+pub struct Ring {
+    /// The first operand in the first slot.
+    pub a: Operand,
+    /// The second.
+    pub b: Operand,
+    /// Bytes from a slot to the next, a multiple of 1024.
+    pub slot_bytes: u32,
+    /// How many there are.
+    pub slots: u32,
+    /// The first `slots` say that a slot is full. The next ones are told that a warp has read it.
+    pub barriers: Barriers,
+    /// Blocks of the cluster, in all of which those are told: lane r of a warp tells block r.
+    pub cluster: u32,
+}
+
+/// Where a warp is in a ring.
+#[derive(Clone, Copy)]
+pub struct Place {
+    slot: u32,
+    parity: u32,
+}
+
+impl Place {
+    /// The first slot, which nobody has filled.
+    pub const FIRST: Self = Self { slot: 0, parity: 0 };
 }
 
 macro_rules! sums {
@@ -131,6 +166,83 @@ macro_rules! sums {
                 #[cfg(not(all(target_arch = "nvptx64", target_feature = "sm_90a")))]
                 {
                     let _ = (a.0, b.0);
+                    crate::bulk::unsupported()
+                }
+            }
+
+            #[inline(always)]
+            #[allow(named_asm_labels, reason = "PTX has no others; they are known inside the braces alone")]
+            #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+            fn add_stages(&mut self, ring: &Ring, place: &mut Place, stages: u32) {
+                #[cfg(all(target_arch = "nvptx64", target_feature = "sm_90a"))]
+                // SAFETY: reads tiles and barriers of shared memory, which are inside their arrays (the kernel's duty), and registers.
+                // The instructions end when the products have, so no register is used while they run.
+                unsafe {
+                    core::arch::asm!(
+                        "{{",
+                        ".reg .pred add, full, tells, more;",
+                        ".reg .b32 at, there, left, read;",
+                        ".reg .b64 a, b, way;",
+                        "setp.eq.u32 add, 0, 0;",
+                        "mov.u32 left, {stages};",
+                        "mov.u32 read, {full};",
+                        // Before the first stage there is none to tell of.
+                        "setp.ne.u32 tells, 0, 0;",
+                        "NEXT:",
+                        "mad.lo.u32 at, {slot}, 8, {full};",
+                        "FULL:",
+                        "mbarrier.try_wait.parity.shared::cta.b64 full, [at], {parity};",
+                        "@!full bra FULL;",
+                        "bar.warp.sync 0xffffffff;",
+                        "mul.wide.u32 way, {slot}, {units};",
+                        "add.u64 a, {a}, way;",
+                        "add.u64 b, {b}, way;",
+                        "wgmma.fence.sync.aligned;",
+                        sums!(@step $columns 0 $($i)*),
+                        "add.u64 a, a, 2; add.u64 b, b, 2;",
+                        sums!(@step $columns 0 $($i)*),
+                        "add.u64 a, a, 2; add.u64 b, b, 2;",
+                        sums!(@step $columns 0 $($i)*),
+                        "add.u64 a, a, 2; add.u64 b, b, 2;",
+                        sums!(@step $columns 0 $($i)*),
+                        "wgmma.commit_group.sync.aligned;",
+                        // The products of the stage before are over.
+                        "wgmma.wait_group.sync.aligned 1;",
+                        "@tells mapa.shared::cluster.u32 there, read, {lane};",
+                        "@tells mbarrier.arrive.shared::cluster.b64 _, [there];",
+                        "add.u32 read, at, {free};",
+                        "setp.lt.u32 tells, {lane}, {cluster};",
+                        "add.u32 {slot}, {slot}, 1;",
+                        "setp.eq.u32 more, {slot}, {slots};",
+                        "@more mov.u32 {slot}, 0;",
+                        "@more xor.b32 {parity}, {parity}, 1;",
+                        "sub.u32 left, left, 1;",
+                        "setp.ne.u32 more, left, 0;",
+                        "@more bra NEXT;",
+                        "wgmma.wait_group.sync.aligned 0;",
+                        "@tells mapa.shared::cluster.u32 there, read, {lane};",
+                        "@tells mbarrier.arrive.shared::cluster.b64 _, [there];",
+                        "}}",
+                        inout(reg32) self[0],
+                        $(inout(reg32) self[$i],)*
+                        slot = inout(reg32) place.slot,
+                        parity = inout(reg32) place.parity,
+                        a = in(reg64) ring.a.0,
+                        b = in(reg64) ring.b.0,
+                        full = in(reg32) ring.barriers.address_of(0),
+                        free = in(reg32) ring.slots * 8,
+                        units = in(reg32) ring.slot_bytes / 16,
+                        slots = in(reg32) ring.slots,
+                        stages = in(reg32) stages,
+                        lane = in(reg32) crate::thread::lane_id(),
+                        cluster = in(reg32) ring.cluster,
+                        options(nostack)
+                    );
+                }
+                #[cfg(not(all(target_arch = "nvptx64", target_feature = "sm_90a")))]
+                {
+                    let Ring { a, b, slot_bytes, slots, barriers, cluster } = *ring;
+                    let _ = (a.0, b.0, slot_bytes, slots, barriers, cluster, place.slot, place.parity, stages);
                     crate::bulk::unsupported()
                 }
             }
