@@ -9,7 +9,9 @@ use cuda_std::prelude::*;
 use cuda_std::tensor_copy::copy_rows;
 use cuda_std::{shared, wgmma};
 
-use crate::attention::{Merged, SPAN, TOKEN_STEPS, combine, maximum, probabilities, scale, sum};
+use crate::attention::{
+    Merged, SPAN, TOKEN_STEPS, TOKEN_TILES, add_pair, combine, maximum, probabilities, scale, sum_of_lanes,
+};
 use crate::attention_prefill::{TILE_FIELDS, mask};
 
 /// Elements of a head.
@@ -18,33 +20,28 @@ const WIDTH: usize = 64;
 /// Rows of a warpgroup.
 const GROUP_ROWS: u32 = 64;
 
-/// Spans that are on their way while one is computed.
-const AHEAD: u32 = 2;
-
 /// bf16 elements of a span's keys and values in shared memory.
 const SLOT: usize = 2 * wgmma::TILE;
 
 const _: () = assert!(SPAN == wgmma::DEPTH && WIDTH == wgmma::DEPTH && TOKEN_STEPS == 4);
 
-/// Spans in shared memory of a block of 128 rows: warpgroups may be apart by one.
+/// Spans in shared memory.
 const SLOTS: usize = 4;
 
-/// Those of a block of 64 rows.
-const SHORT_SLOTS: usize = 3;
+/// Spans that are on their way while one is computed, where a warp that computes asks for them: two warpgroups may then be apart by
+/// one. A warp of its own asks as far ahead as there are slots.
+const AHEAD: u32 = 2;
 
-const fn ring_bytes(slots: usize) -> usize {
-    slots * (SLOT * size_of::<bf16>() + 16)
-}
-
-/// Bytes of dynamic shared memory that a block of `rows` query rows needs.
+/// Bytes of dynamic shared memory of a block.
 #[must_use]
-pub const fn shared_bytes(rows: usize) -> usize {
-    ring_bytes(if rows == GROUP_ROWS as usize { SHORT_SLOTS } else { SLOTS })
+pub const fn shared_bytes() -> usize {
+    SLOTS * (SLOT * size_of::<bf16>() + 16)
 }
 
+/// One block of `GROUPS` warpgroups and, where `ASKS`, a warp that asks for pages and does nothing else.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-fn attention<const GROUPS: usize, const SLOTS: usize>(
+fn attention<const GROUPS: usize, const ASKS: bool>(
     q: In<f32>,
     key_map: In<u64>,
     value_map: In<u64>,
@@ -105,7 +102,23 @@ fn attention<const GROUPS: usize, const SLOTS: usize>(
     };
     // Always one page ahead of the copies, so that nothing waits for a page's number.
     let mut next_page = 0;
-    if thread == 0 {
+    if ASKS {
+        if thread::warp_id() as usize == GROUPS * 4 {
+            if thread::lane_id() == 0 {
+                next_page = page(0);
+                for span in 0..spans {
+                    let this_page = next_page;
+                    next_page = page(span + 1);
+                    if span >= SLOTS as u32 {
+                        barriers.wait(SLOTS + span as usize % SLOTS, (span / SLOTS as u32 + 1) % 2);
+                    }
+                    fetch(span, this_page);
+                }
+            }
+            // Who asked does not wait for what comes: all of it is waited for by others before they end.
+            return;
+        }
+    } else if thread == 0 {
         for span in 0..AHEAD {
             if span < spans {
                 fetch(span, page(span));
@@ -138,7 +151,7 @@ fn attention<const GROUPS: usize, const SLOTS: usize>(
     let mut span = 0;
     while span < spans {
         let next = span + AHEAD;
-        if thread == 0 && next < spans {
+        if !ASKS && thread == 0 && next < spans {
             if next >= SLOTS as u32 {
                 barriers.wait(SLOTS + next as usize % SLOTS, (next / SLOTS as u32 + 1) % 2);
             }
@@ -184,8 +197,14 @@ fn attention<const GROUPS: usize, const SLOTS: usize>(
                 let (low, high) = (pairs[2 * s], pairs[2 * s + 1]);
                 [low[0], low[1], high[0], high[1]]
             });
+            let mut lane_sums = [0.0f32; 2];
+            for n in 0..TOKEN_TILES {
+                for row in 0..2 {
+                    lane_sums[row] = add_pair(lane_sums[row], pairs[n][row]);
+                }
+            }
             let parts = wgmma::products(&weights, &memory, values);
-            let span_sum = sum(&pairs);
+            let span_sum = sum_of_lanes(lane_sums);
             let rescale = [merged[0].add(max[0], span_sum[0]), merged[1].add(max[1], span_sum[1])];
             for n in 0..WIDTH / 8 {
                 for element in 0..4 {
@@ -217,7 +236,7 @@ fn attention<const GROUPS: usize, const SLOTS: usize>(
 }
 
 macro_rules! attention_kernel {
-    ($name:ident, $threads:tt, $min_blocks:tt, $slots:ident) => {
+    ($name:ident, $threads:tt, $min_blocks:tt) => {
         /// Causal attention of consecutive tokens of any number of sequences: the bits of
         /// [`attention_prefill_64`](crate::attention_prefill::attention_prefill_64()).
         ///
@@ -225,8 +244,8 @@ macro_rules! attention_kernel {
         ///   bf16 \[pages G 64, 64\], in boxes of 64 rows.
         /// - grid (H, tiles), the longest contexts first; a warpgroup takes 64 rows.
         /// - bytes: 4 D per token of context, query head and tile.
-        /// - the caller: D = 64; a tile has at most as many rows as the block has threads, halved; `ratio` = H / G;
-        ///   [`shared_bytes`] of dynamic shared memory for these rows; an `sm_90a` image.
+        /// - the caller: D = 64; a tile has at most 64 rows per warpgroup of the block; `ratio` = H / G; [`shared_bytes`] of dynamic
+        ///   shared memory; an `sm_90a` image.
         #[kernel(block = $threads, min_blocks = $min_blocks)]
         pub fn $name(
             q: In<f32>,
@@ -241,7 +260,7 @@ macro_rules! attention_kernel {
             ratio: u32,
             scale: f32,
         ) {
-            attention::<{ $threads / 128 }, $slots>(
+            attention::<{ $threads / 128 }, { $threads % 128 > 0 }>(
                 q,
                 key_map,
                 value_map,
@@ -257,6 +276,6 @@ macro_rules! attention_kernel {
         }
     };
 }
-// Blocks on a multiprocessor at once: as many as leave 128 registers to a thread.
-attention_kernel!(attention_groups_64, 256, 2, SLOTS);
-attention_kernel!(attention_groups_short_64, 128, 4, SHORT_SLOTS);
+// Blocks on a multiprocessor at once: as many as leave 128 registers to a thread. Beside four warpgroups there are none for a warp more.
+attention_kernel!(attention_groups_64, 256, 2);
+attention_kernel!(attention_groups_short_64, 160, 3);

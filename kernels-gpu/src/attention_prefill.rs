@@ -2,13 +2,12 @@
 //! flash-attention loop (Dao 2023, arXiv 2307.08691) over the spans of the definition.
 
 use cuda_std::prelude::*;
-use cuda_std::{cp_async, shared, wgmma};
+use cuda_std::{cp_async, shared};
 
 use crate::attention::{
     Merged, PAD, Rescale, SPAN, TOKEN_STEPS, TOKEN_TILES, add_pair, base, combine, maximum, output, probability_pair,
     scale, scores, sum_of_lanes,
 };
-use crate::attention_prefill_group as group;
 
 /// Query rows of a tile, of which a warp has one or two.
 const TILE_ROWS: usize = 16;
@@ -425,36 +424,18 @@ macro_rules! prefill_kernel {
             ratio: u32,
             scale: f32,
         ) {
-            let by_groups = const { wgmma::HAS_PRODUCTS && $steps == 4 && $rows == 1 };
-            if by_groups {
-                // As many spans at once as the shared memory of warps by themselves holds.
-                const { assert!(group::shared_bytes($threads / 128 + 1) <= shared_bytes($threads / 2, 64)) };
-                group::prefill::<{ $threads / 128 }, { $threads / 128 + 1 }, { $threads / 128 - 1 }>(
-                    q,
-                    key_pages,
-                    value_pages,
-                    page_tables,
-                    tiles,
-                    out,
-                    q_stride,
-                    kv_heads,
-                    ratio,
-                    scale,
-                );
-            } else {
-                prefill::<{ $threads / 32 }, $rows, $steps, $tiles>(
-                    q,
-                    key_pages,
-                    value_pages,
-                    page_tables,
-                    tiles,
-                    out,
-                    q_stride,
-                    kv_heads,
-                    ratio,
-                    scale,
-                );
-            }
+            prefill::<{ $threads / 32 }, $rows, $steps, $tiles>(
+                q,
+                key_pages,
+                value_pages,
+                page_tables,
+                tiles,
+                out,
+                q_stride,
+                kv_heads,
+                ratio,
+                scale,
+            );
         }
     };
 }

@@ -11,7 +11,7 @@
 //! | `rms_norm`, `residual_norm` | normalisation, by itself and of a sum |
 //! | `linear` | linear layers: the tensor-core chain, and a plain one |
 //! | `rotary_kv_write` | between the QKV layer and attention; `bias_add`, `rotary`, `kv_write` define it |
-//! | `attention` | the definition; `attention_prefill` (`attention_prefill_group`: by warpgroups), `attention_decode` and `attention_decode_short` meet it |
+//! | `attention` | the definition; `attention_prefill`, `attention_groups` (on Hopper), `attention_decode` and `attention_decode_short` meet it |
 //! | `residual_add`, `silu_mul` | around the feed-forward layers |
 //! | `gather_rows` | the rows whose logits are needed |
 //! | `copy_words` | few words: a step's indices, chosen tokens |
@@ -36,7 +36,6 @@ pub mod attention_decode;
 pub mod attention_decode_short;
 pub mod attention_groups;
 pub mod attention_prefill;
-pub mod attention_prefill_group;
 pub mod bias_add;
 pub mod candidates;
 pub mod choose;
@@ -156,7 +155,8 @@ pub const KERNELS: &[&cuda_std::launch::KernelDesc] = &[
     wgmma_logits::wgmma_logits_64::KERNEL,
     wgmma_logits::wgmma_logits_128::KERNEL,
     wgmma_logits::wgmma_logits_256::KERNEL,
-    wgmma_long_gate_up::wgmma_long_gate_up::KERNEL,
+    wgmma_long_gate_up::wgmma_long_gate_up_160::KERNEL,
+    wgmma_long_gate_up::wgmma_long_gate_up_256::KERNEL,
     wgmma_parts::wgmma_parts_64::KERNEL,
     wgmma_parts::wgmma_parts_128::KERNEL,
     wgmma_parts::wgmma_parts_256::KERNEL,

@@ -4,7 +4,9 @@ use std::time::Instant;
 
 use half::bf16;
 use host::device::{Device, LINEAR_RUNGS, LinearOutput, MemoryKind, Recording, SliceMut, Weight, contract};
-use host::ops::{self, HeadShape, Mapped, PAGE, Pages, PagesMut, Places, PrefillTiles, Segment, TensorMaps};
+use host::ops::{
+    self, BlockOutputs, HeadShape, Mapped, PAGE, Pages, PagesMut, Places, PrefillTiles, Segment, TensorMaps,
+};
 use host::testing::TestRng;
 
 use crate::compare::assert_same;
@@ -86,8 +88,8 @@ enum Piece {
     FeedForward(usize),
     GateUp,
     SiluMul,
-    /// Both at once, by warpgroups.
-    LongGateUp,
+    /// Both at once, by warpgroups in blocks of so many outputs.
+    LongGateUp(usize),
     Down,
 }
 
@@ -185,10 +187,11 @@ impl Values {
             Piece::SiluMul => {
                 ops::silu_mul(device, &self.gate_up.view(), &mut self.gated.view_mut(), FFN).unwrap();
             }
-            Piece::LongGateUp => {
+            Piece::LongGateUp(outputs) => {
                 let Some(maps) = &self.maps else { return };
                 let (x, mut out) = (self.normed.view(), self.gated.view_mut());
-                ops::wgmma_long_gate_up(device, maps, &x, 0..self.rows, &weights.gate_up[layer], &mut out).unwrap();
+                let (block, rows, weight) = (BlockOutputs::Of(outputs), 0..self.rows, &weights.gate_up[layer]);
+                ops::wgmma_long_gate_up(device, block, maps, &x, rows, weight, &mut out).unwrap();
             }
             Piece::Down => {
                 let mut parts = self.parts.view_mut();
@@ -339,35 +342,17 @@ fn speed() {
     }
 }
 
-/// The pieces of a layer by themselves, with those that warpgroups have instead of the library's.
+/// What warpgroups compute of a layer.
 #[test]
 #[ignore = "a measurement; needs a GPU"]
-fn pieces() {
+fn speed_of_warpgroups() {
     let rig = Rig::cuda();
     let device = rig.device.clone();
     let weights = Weights::new(&device);
-    {
-        let mut v = Values::new(&rig, 4096);
-        choose(&device, "qkv", 4096, &v.normed, &weights.qkv, 1, &mut v.qkv.view_mut());
-        choose(&device, "attention output", 4096, &v.attended, &weights.output, 1, &mut v.parts.view_mut());
-        choose(&device, "gate and up", 4096, &v.normed, &weights.gate_up, 1, &mut v.gate_up.view_mut());
-        choose(&device, "down", 4096, &v.gated, &weights.down, DOWN_SEGMENTS, &mut v.parts.view_mut());
-    }
-    for rows in [128, 256, 512, 1024, 1280, 1536, 2048, 3072, 4096] {
+    for rows in [128, 256, 384, 512, 768, 1024, 1536, 2048, 4096] {
         let mut values = Values::new(&rig, rows).mapped(&device, &weights);
-        for piece in [
-            Piece::Qkv,
-            Piece::RotaryKvWrite,
-            Piece::Attention,
-            Piece::GroupAttention,
-            Piece::Output,
-            Piece::ResidualNorm,
-            Piece::GateUp,
-            Piece::SiluMul,
-            Piece::LongGateUp,
-            Piece::Down,
-            Piece::FeedForward(4096),
-        ] {
+        // None of these changes what another one reads.
+        for piece in [Piece::GroupAttention, Piece::LongGateUp(160), Piece::LongGateUp(256)] {
             let what = format!("{rows} rows, {piece:?}");
             measure(&device, &what, &mut || values.layers(&device, &weights, &[piece]));
         }

@@ -4,7 +4,7 @@
 
 use half::bf16;
 use host::device::{MemoryKind, Weight};
-use host::ops::{self, BlockTokens, HeadShape, Mapped, PAGE, PagesMut, Places, TensorMaps};
+use host::ops::{self, BlockOutputs, BlockTokens, HeadShape, Mapped, PAGE, PagesMut, Places, TensorMaps};
 use host::testing::TestRng;
 
 use crate::compare::assert_same;
@@ -236,14 +236,18 @@ pub(crate) fn gate_up(rig: &mut Rig) {
             ops::wgmma_gate_up(&device, BlockTokens::Of(block), &maps, &x.view(), &layer, &mut out.view_mut()).unwrap();
             assert_same(&rig.read(name, &out), &expected, &format!("{name}, {tokens} tokens of {hidden} x {ffn}"));
         }
-        if !warpgroup_blocks(rig).is_empty() && ffn.is_multiple_of(32) {
-            let name = "wgmma_long_gate_up";
+        for outputs in [160, 256] {
+            if warpgroup_blocks(rig).is_empty() || !ffn.is_multiple_of(32) {
+                continue;
+            }
+            let name = if outputs == 160 { "wgmma_long_gate_up_160" } else { "wgmma_long_gate_up_256" };
             let maps = [Mapped::LongGateUpInput(x.view(), hidden), Mapped::LongGateUp(&layer)];
             let maps = TensorMaps::new(&device, maps).unwrap();
+            let block = BlockOutputs::Of(outputs);
             // All rows, and some from the middle.
             for rows in [0..tokens, tokens / 3..tokens - tokens / 4] {
-                let mut out = rig.unwritten::<bf16>(rows.len() * ffn);
-                ops::wgmma_long_gate_up(&device, &maps, &x.view(), rows.clone(), &layer, &mut out.view_mut()).unwrap();
+                let (x, mut out) = (x.view(), rig.unwritten::<bf16>(rows.len() * ffn));
+                ops::wgmma_long_gate_up(&device, block, &maps, &x, rows.clone(), &layer, &mut out.view_mut()).unwrap();
                 let what = format!("{name}, {rows:?} of {tokens} tokens of {hidden} x {ffn}");
                 assert_same(&rig.read(name, &out), &expected[rows.start * ffn..rows.end * ffn], &what);
             }

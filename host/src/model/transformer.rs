@@ -13,7 +13,9 @@ use super::load::{self, LoadError, Parameters};
 use super::ways::Ways;
 use super::{Checkpoint, Choosing, KvCache, ModelConfig, Prefill, Step, Workspace};
 use crate::device::{Buffer, Device, DeviceError, MemoryKind, Slice, Weight, contract};
-use crate::ops::{self, DecodeBlocks, DecodeScratch, HeadShape, PAGE, PagesMut, Places, PrefillTiles, SampleParams};
+use crate::ops::{
+    self, BlockOutputs, DecodeBlocks, DecodeScratch, HeadShape, PAGE, PagesMut, Places, PrefillTiles, SampleParams,
+};
 
 /// What computes the layers of a step that is not recorded from single tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -380,7 +382,8 @@ impl Model {
                 let (start, end) = (part.start * hidden, part.end * hidden);
                 let mut gated = gated.slice_mut(..part.len() * config.ffn)?;
                 if let Some(maps) = maps {
-                    ops::wgmma_long_gate_up(device, maps, &normed.as_slice(), part, &layer.gate_up, &mut gated)?;
+                    let block = BlockOutputs::Chosen;
+                    ops::wgmma_long_gate_up(device, block, maps, &normed.as_slice(), part, &layer.gate_up, &mut gated)?;
                 } else {
                     let mut gate_up = gate_up.slice_mut(..part.len() * 2 * config.ffn)?;
                     ops::linear(device, &normed.as_slice().slice(start..end)?, &layer.gate_up, &mut gate_up)?;

@@ -491,7 +491,7 @@ pub fn attention_prefill(
     let blocks = [size(NAME, heads.query_heads)?, size(NAME, numbers.len() / prefill::TILE_FIELDS)?, 1];
     if let Some(maps) = maps {
         expect(heads.width == 64, NAME, || format!("heads of 64 elements for warpgroups, not {}", heads.width))?;
-        let shared_bytes = size(NAME, groups::shared_bytes(tiles.kind.rows()))?;
+        let shared_bytes = size(NAME, groups::shared_bytes())?;
         let kernel = match tiles.kind.short {
             true => groups::attention_groups_short_64::launch,
             false => groups::attention_groups_64::launch,

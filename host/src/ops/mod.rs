@@ -37,8 +37,8 @@ pub use sampling::{
 };
 pub use tiles::{BlockTokens, tile_best_len, tile_gate_up, tile_logits, tile_parts, tile_qkv, tiles_fits};
 pub use wgmma::{
-    Mapped, TensorMaps, wgmma_attends, wgmma_best_len, wgmma_fits, wgmma_gate_up, wgmma_logits, wgmma_long_fits,
-    wgmma_long_gate_up, wgmma_parts,
+    BlockOutputs, Mapped, TensorMaps, wgmma_attends, wgmma_best_len, wgmma_fits, wgmma_gate_up, wgmma_logits,
+    wgmma_long_fits, wgmma_long_gate_up, wgmma_parts,
 };
 
 use crate::device::DeviceError;

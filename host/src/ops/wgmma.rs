@@ -6,8 +6,9 @@ use std::ops::Range;
 use cuda_std::launch::Grid;
 use half::bf16;
 use kernels_gpu::warpgroup_tiles::{Layout, STAGE};
-use kernels_gpu::{attention_groups as groups, attention_prefill as prefill};
-use kernels_gpu::{few_logits, wgmma_gate_up, wgmma_logits, wgmma_long_gate_up as long, wgmma_parts};
+use kernels_gpu::{
+    attention_groups as groups, few_logits, wgmma_gate_up, wgmma_logits, wgmma_long_gate_up as long, wgmma_parts,
+};
 
 use super::tiles::BlockTokens;
 use super::{HeadShape, PAGE, expect, size};
@@ -21,6 +22,8 @@ type Layouts = [Layout; 3];
 const PARTS: Layouts = [wgmma_parts::PARTS_64, wgmma_parts::PARTS_128, wgmma_parts::PARTS_256];
 const GATE_UP: Layouts = [wgmma_gate_up::GATE_UP_64, wgmma_gate_up::GATE_UP_128, wgmma_gate_up::GATE_UP_256];
 const LOGITS: Layouts = [wgmma_logits::LOGITS_64, wgmma_logits::LOGITS_128, wgmma_logits::LOGITS_256];
+
+const LONG_GATE_UP: [long::Layout; 2] = [long::OUTPUTS_160, long::OUTPUTS_256];
 
 /// The image whose kernels have the instructions: no other GPU has them.
 const IMAGE: &str = "sm_90a";
@@ -40,15 +43,15 @@ pub fn wgmma_fits(device: &Device, hidden: usize, ffn: usize) -> bool {
 pub fn wgmma_attends(device: &Device, heads: HeadShape) -> bool {
     device.kernel_image() == Some(IMAGE)
         && heads.width == STAGE
-        && groups::shared_bytes(prefill::BLOCK_ROWS) <= device.shared_bytes_per_block()
+        && groups::shared_bytes() <= device.shared_bytes_per_block()
 }
 
 /// Whether [`wgmma_long_gate_up()`] takes a model's shapes where the others do.
 #[must_use]
 pub fn wgmma_long_fits(device: &Device, hidden: usize, ffn: usize) -> bool {
     wgmma_fits(device, hidden, ffn)
-        && ffn.is_multiple_of(long::WOVEN)
-        && long::ring_bytes() <= device.shared_bytes_per_block()
+        && LONG_GATE_UP.into_iter().all(|layout| ffn.is_multiple_of(layout.woven()))
+        && LONG_GATE_UP.into_iter().all(|layout| layout.ring_bytes() <= device.shared_bytes_per_block())
 }
 
 /// Elements of the scratch of [`wgmma_logits()`] for `rows` rows.
@@ -87,8 +90,8 @@ enum Boxes {
     Rows(usize),
     /// Gates and their ups by eights.
     Eights,
-    /// Outputs in the order in which a lane has neighbours.
-    Woven,
+    /// So many gates, or ups, in the order in which a lane has neighbours.
+    Woven(usize),
 }
 
 /// The matrix that a tensor map is of, and its boxes.
@@ -207,20 +210,21 @@ fn encode(device: &Device, matrix: Mapped<'_>) -> Result<Vec<Encoded>, DeviceErr
         Mapped::LongGateUpInput(x, width) => Ok(vec![encode_rows(device, &x, width, long::TOKENS)?]),
         Mapped::LongGateUp(weight) => {
             let (rows, width) = (weight.rows()?.as_slice(), weight.k());
-            // Outputs 8 t + 2 i + j of 32 stand at 8 i + 2 t + j, whose sums lane t of four has.
-            let dimensions = [
-                Dimension { len: width, stride: 1, boxed: STAGE },
-                Dimension { len: 2, stride: width, boxed: 2 },
-                Dimension { len: 4, stride: 8 * width, boxed: 4 },
-                Dimension { len: 4, stride: 2 * width, boxed: 4 },
-                Dimension {
-                    len: weight.n() / long::WOVEN,
-                    stride: long::WOVEN * width,
-                    boxed: long::WIDTH / long::WOVEN,
-                },
-            ];
-            let map = device.tensor_map(&rows, &dimensions)?;
-            Ok(vec![(Key { address: rows.address(), width, boxes: Boxes::Woven }, weight.n(), map)])
+            let woven = |layout: long::Layout| {
+                // Of 4 N outputs, N t + 2 i + j stands at 8 i + 2 t + j, whose sums lane t of four has.
+                let long::Layout { width: outputs, neighbours, .. } = layout;
+                let blocks = [weight.n(), outputs].map(|count| count / layout.woven());
+                let dimensions = [
+                    Dimension { len: width, stride: 1, boxed: STAGE },
+                    Dimension { len: 2, stride: width, boxed: 2 },
+                    Dimension { len: 4, stride: neighbours * width, boxed: 4 },
+                    Dimension { len: neighbours / 2, stride: 2 * width, boxed: neighbours / 2 },
+                    Dimension { len: blocks[0], stride: layout.woven() * width, boxed: blocks[1] },
+                ];
+                let map = device.tensor_map(&rows, &dimensions)?;
+                Ok((Key { address: rows.address(), width, boxes: Boxes::Woven(outputs) }, weight.n(), map))
+            };
+            LONG_GATE_UP.into_iter().map(woven).collect()
         }
     }
 }
@@ -328,6 +332,38 @@ pub fn wgmma_gate_up(
     device.launch(kernel(&x_map, &weight_map, out, tokens, ffn, width), grid)
 }
 
+/// Outputs of a block. It changes no bit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BlockOutputs {
+    /// What is expected to be fastest.
+    Chosen,
+    /// So many: 160 or 256.
+    Of(usize),
+}
+
+/// Which layout of [`LONG_GATE_UP`]. A GPU's clusters take about the same time for a tile, so some of them are idle in the last
+/// round. Narrow tiles waste less of it, but bring more for what they compute.
+fn long_layout(
+    name: &str,
+    block: BlockOutputs,
+    pairs: usize,
+    ffn: usize,
+    clusters: usize,
+) -> Result<usize, DeviceError> {
+    /// The time of a narrow tile, for its width, in percent of a wide one's: on an H100 narrow ones are faster with 512 rows, in
+    /// rounds of 160 by 256, and slower with 1024, in 320 by 384.
+    const NARROW: usize = 125;
+    let rounds = |layout: long::Layout| (pairs * ffn.div_ceil(layout.width)).div_ceil(clusters.max(1)) * layout.width;
+    match block {
+        BlockOutputs::Chosen => Ok(usize::from(rounds(LONG_GATE_UP[1]) * 100 <= rounds(LONG_GATE_UP[0]) * NARROW)),
+        BlockOutputs::Of(outputs) => {
+            LONG_GATE_UP.iter().position(|layout| 2 * layout.width == outputs).ok_or_else(|| {
+                DeviceError::InvalidParameter(format!("{name}: a block makes 160 or 256 outputs, not {outputs}"))
+            })
+        }
+    }
+}
+
 /// As [`wgmma_gate_up()`], for rows `rows` of `x`, in tiles for many: `out` is \[their number, F\]. `maps` has
 /// [`Mapped::LongGateUpInput`] of x, or of more rows from its first on, and [`Mapped::LongGateUp`] of the weight.
 ///
@@ -335,6 +371,7 @@ pub fn wgmma_gate_up(
 /// As for [`wgmma_parts()`].
 pub fn wgmma_long_gate_up(
     device: &Device,
+    block: BlockOutputs,
     maps: &TensorMaps,
     x: &Slice<'_, bf16>,
     rows: Range<usize>,
@@ -344,8 +381,12 @@ pub fn wgmma_long_gate_up(
     const NAME: &str = "wgmma_long_gate_up";
     let (width, ffn) = (weight.k(), weight.n() / 2);
     let all = self::rows(NAME, device, x, width, 1)?;
+    let pairs = rows.len().div_ceil(long::CLUSTER * long::TOKENS);
+    let clusters = device.multiprocessors() / long::CLUSTER;
+    let chosen = long_layout(NAME, block, pairs, ffn, clusters)?;
+    let layout = LONG_GATE_UP[chosen];
     let shaped = weight.n() == 2 * ffn
-        && ffn.is_multiple_of(long::WOVEN)
+        && ffn.is_multiple_of(layout.woven())
         && rows.start < rows.end
         && rows.end <= all
         && out.len() == rows.len() * ffn;
@@ -353,21 +394,24 @@ pub fn wgmma_long_gate_up(
         format!(
             "rows {rows:?} of {all}, weight {} x {width}, F a multiple of {}, out of {}",
             weight.n(),
-            long::WOVEN,
+            layout.woven(),
             out.len()
         )
     })?;
+    let kernel = match chosen {
+        0 => long::wgmma_long_gate_up_160::launch,
+        _ => long::wgmma_long_gate_up_256::launch,
+    };
     let x_map = maps.find(NAME, Key { address: x.address(), width, boxes: Boxes::Rows(long::TOKENS) }, all)?;
-    let weight_map = maps.weight(NAME, weight, Boxes::Woven)?;
-    let tiles = rows.len().div_ceil(long::CLUSTER * long::TOKENS) * ffn.div_ceil(long::WIDTH);
-    let clusters = tiles.min(device.multiprocessors() / long::CLUSTER).max(1);
+    let weight_map = maps.weight(NAME, weight, Boxes::Woven(layout.width))?;
+    let clusters = (pairs * ffn.div_ceil(layout.width)).min(clusters).max(1);
     let grid = Grid {
         blocks: [size(NAME, clusters * long::CLUSTER)?, 1, 1],
-        dynamic_shared_bytes: size(NAME, long::ring_bytes())?,
+        dynamic_shared_bytes: size(NAME, layout.ring_bytes())?,
     };
     let (first, tokens) = (size(NAME, rows.start)?, size(NAME, rows.len())?);
     let (ffn, width) = (size(NAME, ffn)?, size(NAME, width)?);
-    device.launch(long::wgmma_long_gate_up::launch(&x_map, &weight_map, out, first, tokens, ffn, width), grid)
+    device.launch(kernel(&x_map, &weight_map, out, first, tokens, ffn, width), grid)
 }
 
 /// The head of `x` \[M, K\]: `logits` \[M, V\] where given, and the token that [`argmax`](super::argmax) would choose of each row
@@ -417,4 +461,23 @@ pub fn wgmma_logits(
     let (columns, vocab, width) = (size(NAME, tokens)?, size(NAME, vocab)?, size(NAME, width)?);
     device.launch(kernel(&x_map, &weight_map, logits, &mut best, columns, vocab, width), grid)?;
     device.launch(few_logits::few_argmax::launch(&best.as_slice(), ids, columns), Grid::new_1d(columns))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What was faster on an H100, of whose multiprocessors 66 clusters take tiles, with a feed-forward width of 4864.
+    #[test]
+    fn narrow_tiles_are_taken_where_they_save_a_round() {
+        let of = |rows: usize, block| {
+            let pairs = rows.div_ceil(long::CLUSTER * long::TOKENS);
+            long_layout("test", block, pairs, 4864, 66).map(|chosen| 2 * LONG_GATE_UP[chosen].width)
+        };
+        assert_eq!([257, 512].map(|rows| of(rows, BlockOutputs::Chosen).unwrap()), [160; 2]);
+        assert_eq!([1024, 2048, 3072, 4096].map(|rows| of(rows, BlockOutputs::Chosen).unwrap()), [256; 4]);
+        assert_eq!([160, 256].map(|outputs| of(1024, BlockOutputs::Of(outputs)).unwrap()), [160, 256]);
+        assert!(of(1024, BlockOutputs::Of(128)).is_err());
+        assert!(LONG_GATE_UP.into_iter().all(|layout| layout.ring_bytes() <= 232_448), "an H100's shared memory");
+    }
 }

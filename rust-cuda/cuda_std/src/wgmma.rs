@@ -5,8 +5,9 @@
 //! [`tensor_copy`](crate::tensor_copy) leaves: 16-byte piece p of row r stands in place p ^ (r % 8) of the row (PTX ISA, "128-byte
 //! swizzle"; [`place`]).
 //!
-//! The first operand is such a tile, too ([`Sums`]), or in registers ([`products`]). On a GPU without the instructions a kernel that
-//! multiplies so ends with a fault; the executor has the products with registers alone, and faults at the others.
+//! The first operand is such a tile, too ([`Sums`]), or in registers ([`products`]).
+//!
+//! On the CPU, and on a GPU without them, a kernel that multiplies so ends with a fault.
 
 use half::bf16;
 
@@ -22,15 +23,6 @@ pub const DEPTH: usize = 64;
 /// Elements of a tile of 64 rows.
 pub const TILE: usize = ROWS * DEPTH;
 
-/// Whether the kernel that is compiled has [`products`]: a GPU's with the instructions, and the executor's.
-pub const HAS_PRODUCTS: bool = cfg!(any(not(target_arch = "nvptx64"), target_feature = "sm_90a"));
-
-/// Elements of a multiple of which tiles start, by address: 1024 bytes.
-const ALIGNMENT: usize = 512;
-
-/// Elements that [`first_place`] may leave free.
-pub const MAX_FIRST_PLACE: usize = ALIGNMENT;
-
 /// Where element `column` of row `row` lies in a tile. The eight elements from a multiple of 8 on lie side by side.
 #[inline(always)]
 #[must_use]
@@ -38,23 +30,7 @@ pub const fn place(row: usize, column: usize) -> usize {
     row * DEPTH + ((column / 8) ^ (row % 8)) * 8 + column % 8
 }
 
-/// Elements to leave free at the start of `memory`, so that a tile may start there.
-#[inline(always)]
-#[must_use]
-pub fn first_place(memory: &Shared<bf16>) -> usize {
-    #[cfg(target_arch = "nvptx64")]
-    {
-        (memory.address_of(0).wrapping_neg() as usize / size_of::<bf16>()) % ALIGNMENT
-    }
-    #[cfg(not(target_arch = "nvptx64"))]
-    {
-        let _ = memory;
-        // Anything that shows who does not count it in.
-        ALIGNMENT - 8
-    }
-}
-
-/// Makes what this thread wrote or copied into shared memory known to the tensor cores; a barrier of those that did follows.
+/// Makes what this thread wrote into shared memory known to the tensor cores; a barrier of those that did follows.
 #[inline(always)]
 pub fn publish() {
     crate::bulk::release_to_copies();
@@ -261,6 +237,8 @@ sums!(96: 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26
     40 41 42 43 44 45 46 47);
 sums!(128: 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32 33 34 35 36 37 38 39
     40 41 42 43 44 45 46 47 48 49 50 51 52 53 54 55 56 57 58 59 60 61 62 63);
+sums!(160: 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32 33 34 35 36 37 38 39
+    40 41 42 43 44 45 46 47 48 49 50 51 52 53 54 55 56 57 58 59 60 61 62 63 64 65 66 67 68 69 70 71 72 73 74 75 76 77 78 79);
 sums!(256: 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32 33 34 35 36 37 38 39 40
     41 42 43 44 45 46 47 48 49 50 51 52 53 54 55 56 57 58 59 60 61 62 63 64 65 66 67 68 69 70 71 72 73 74 75 76 77 78 79 80
     81 82 83 84 85 86 87 88 89 90 91 92 93 94 95 96 97 98 99 100 101 102 103 104 105 106 107 108 109 110 111 112 113 114 115
@@ -326,26 +304,9 @@ pub fn products(a: &[[u32; 4]; 4], memory: &Shared<bf16>, start: usize) -> [[f32
         }
         d
     }
-    #[cfg(all(target_arch = "nvptx64", not(target_feature = "sm_90a")))]
+    #[cfg(not(all(target_arch = "nvptx64", target_feature = "sm_90a")))]
     {
         let _ = (a, memory, start);
-        crate::trap()
-    }
-    #[cfg(not(target_arch = "nvptx64"))]
-    {
-        let lane = crate::thread::lane_id() as usize;
-        let (g, t) = (lane / 4, lane % 4);
-        let word = |row: usize, column: usize| {
-            let [low, high]: [bf16; 2] = memory.load(start + place(row, column));
-            u32::from(low.to_bits()) | (u32::from(high.to_bits()) << 16)
-        };
-        let mut d = [[0.0; 4]; 8];
-        for (n, d) in d.iter_mut().enumerate() {
-            for (s, &a) in a.iter().enumerate() {
-                let b = [word(n * 8 + g, s * 16 + t * 2), word(n * 8 + g, s * 16 + t * 2 + 8)];
-                *d = crate::cpu::mma_m16n8k16_bf16(a, b, *d);
-            }
-        }
-        d
+        crate::bulk::unsupported()
     }
 }
