@@ -14,8 +14,8 @@ use cuda_std::Element;
 use half::bf16;
 use host::device::{Buffer, CpuOptions, Device, DeviceError, KernelImage, KernelImages, MemoryKind, contract};
 use host::ops::{
-    self, BlockTokens, DecodeBlocks, DecodeScratch, FEW, HeadShape, Mapped, Norm, PAGE, Pages, PagesMut, Pairing,
-    Places, PrefillTiles, QkvBlocks, RowParameters, SampleParams, Segment, TensorMaps,
+    self, BlockOutputs, BlockTokens, DecodeBlocks, DecodeScratch, FEW, HeadShape, Mapped, Norm, PAGE, Pages, PagesMut,
+    Pairing, Places, PrefillTiles, QkvBlocks, RowParameters, SampleParams, Segment, TensorMaps,
 };
 use host::testing::TestRng;
 
@@ -599,11 +599,26 @@ fn prefill(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape) {
     let run: Run = Box::new(move |device| {
         let pages = Pages { keys: keys.as_slice(), values: values.as_slice() };
         let (qkv, tables, out) = (qkv.as_slice(), tables.as_slice(), &mut out.as_slice_mut());
-        ops::attention_prefill(device, &qkv, pages, &tables, &tiles, &numbers.as_slice(), out, heads)
+        ops::attention_prefill(device, &qkv, pages, None, &tables, &tiles, &numbers.as_slice(), out, heads)
     });
     // A product and a sum for each score and for its value; causal, so half of all pairs.
     let flops = 4 * heads.query_width() * (prompt * (prompt + 1) / 2);
     rig.time("attention_prefill", prompt, Throughput::Elements(flops as u64), run);
+    if ops::wgmma_attends(rig.device, heads) {
+        let (keys, values, tables, _) = pages(inputs, heads, 1, prompt);
+        let (qkv, mut out) =
+            (inputs.floats(prompt * heads.qkv_width()), inputs.same(prompt * heads.query_width(), bf16::ZERO));
+        let tiles = PrefillTiles::sized([segment].into_iter(), false, heads).expect("a prompt is short");
+        let numbers = inputs.holding(&tiles.numbers);
+        let halves = [Mapped::Pages(keys.as_slice()), Mapped::Pages(values.as_slice())];
+        let maps = TensorMaps::new(rig.device, halves).expect("pages have tensor maps");
+        let run: Run = Box::new(move |device| {
+            let pages = Pages { keys: keys.as_slice(), values: values.as_slice() };
+            let (qkv, tables, out) = (qkv.as_slice(), tables.as_slice(), &mut out.as_slice_mut());
+            ops::attention_prefill(device, &qkv, pages, Some(&maps), &tables, &tiles, &numbers.as_slice(), out, heads)
+        });
+        rig.time("attention_groups", prompt, Throughput::Elements(flops as u64), run);
+    }
 
     rotary_kv_write(rig, inputs, heads, &(0..prompt as u32).collect::<Vec<_>>(), prompt);
 
@@ -614,6 +629,19 @@ fn prefill(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape) {
     let run: Run = Box::new(move |device| ops::linear(device, &x.as_slice(), &weight, &mut out.as_slice_mut()));
     let flops = 2 * prompt * n * k;
     rig.time("linear", format!("gate and up [{n}, {k}] x {prompt}"), Throughput::Elements(flops as u64), run);
+
+    if ops::wgmma_long_fits(rig.device, heads, hidden, ffn) {
+        let (x, weight) = (inputs.halves(prompt * k), inputs.halves(n * k));
+        let weight = rig.device.prepare_weight(weight, n, k, true).unwrap();
+        let mut out = inputs.same(prompt * ffn, bf16::ZERO);
+        let maps = [Mapped::LongGateUpInput(x.as_slice(), k), Mapped::LongGateUp(&weight)];
+        let maps = TensorMaps::new(rig.device, maps).expect("matrices have tensor maps");
+        let run: Run = Box::new(move |device| {
+            let (x, out) = (x.as_slice(), &mut out.as_slice_mut());
+            ops::wgmma_long_gate_up(device, BlockOutputs::Chosen, &maps, &x, 0..prompt, &weight, out)
+        });
+        rig.time("wgmma_long_gate_up", prompt, Throughput::Elements(flops as u64), run);
+    }
 }
 
 /// The self-test's own kernel. Its time has an allocation and a download in it.

@@ -89,12 +89,15 @@ pub fn scale<const N: usize>(scores: &mut [[f32; 4]; N], scale: f32, visible: Op
 #[must_use]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub fn maximum<const N: usize>(scores: &[[f32; 4]; N]) -> [f32; 2] {
-    let mut max = [f32::NEG_INFINITY; 2];
+    // With many scores in four chains rather than two: each link waits for the one before.
+    let mut most = [f32::NEG_INFINITY; 4];
     for n in 0..N {
         for element in 0..4 {
-            max[element / 2] = max[element / 2].max(scores[n][element]);
+            let chain = if N < 4 { element / 2 * 2 } else { element };
+            most[chain] = most[chain].max(scores[n][element]);
         }
     }
+    let mut max = if N < 4 { [most[0], most[2]] } else { [most[0].max(most[1]), most[2].max(most[3])] };
     for row in 0..2 {
         max[row] = max[row].max(warp::shuffle_xor_f32(max[row], 1));
         max[row] = max[row].max(warp::shuffle_xor_f32(max[row], 2));

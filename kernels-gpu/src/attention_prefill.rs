@@ -77,7 +77,7 @@ impl<const ROWS: usize> Weights<ROWS> {
 /// Takes tokens away that a row does not see, as [`scale`] does: here the lane's own first token is taken from what is
 /// visible, so that the tokens to compare are constants, not 16 registers.
 #[inline(always)]
-fn mask(scores: &mut [[f32; 4]; TOKEN_TILES], visible: [u32; 2], t: u32) {
+pub(crate) fn mask(scores: &mut [[f32; 4]; TOKEN_TILES], visible: [u32; 2], t: u32) {
     let visible = visible.map(|visible| visible.saturating_sub(t * 2));
     for n in 0..TOKEN_TILES {
         for element in 0..4 {

@@ -11,7 +11,7 @@
 //! | `rms_norm`, `residual_norm` | normalisation, by itself and of a sum |
 //! | `linear` | linear layers: the tensor-core chain, and a plain one |
 //! | `rotary_kv_write` | between the QKV layer and attention; `bias_add`, `rotary`, `kv_write` define it |
-//! | `attention` | the definition; `attention_prefill`, `attention_decode` and `attention_decode_short` meet it |
+//! | `attention` | the definition; `attention_prefill`, `attention_groups` (on Hopper), `attention_decode` and `attention_decode_short` meet it |
 //! | `residual_add`, `silu_mul` | around the feed-forward layers |
 //! | `gather_rows` | the rows whose logits are needed |
 //! | `copy_words` | few words: a step's indices, chosen tokens |
@@ -21,6 +21,7 @@
 //! | `decode_step` | a whole step of one token in one kernel (`weight_ring`: its weights) |
 //! | `tiles` | the linear layers of many tokens, with what stands behind them: `tile_qkv`, `tile_parts`, `tile_gate_up`, `tile_logits` |
 //! | `warpgroup_tiles` | the same on Hopper, from more rows on: `wgmma_qkv`, `wgmma_parts`, `wgmma_gate_up`, `wgmma_logits` |
+//! | `wgmma_long_gate_up` | the same for prefills |
 //! | `differing` | bit comparison, for the self-test |
 #![cfg_attr(target_arch = "nvptx64", no_std)]
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch))]
@@ -33,6 +34,7 @@ pub mod argmax;
 pub mod attention;
 pub mod attention_decode;
 pub mod attention_decode_short;
+pub mod attention_groups;
 pub mod attention_prefill;
 pub mod bias_add;
 pub mod candidates;
@@ -73,6 +75,7 @@ pub mod warpgroup_tiles;
 pub mod weight_ring;
 pub mod wgmma_gate_up;
 pub mod wgmma_logits;
+pub mod wgmma_long_gate_up;
 pub mod wgmma_parts;
 pub mod wgmma_qkv;
 
@@ -89,6 +92,8 @@ pub const KERNELS: &[&cuda_std::launch::KernelDesc] = &[
     attention_decode_short::attention_decode_short_two_64::KERNEL,
     attention_decode_short::attention_decode_short_96::KERNEL,
     attention_decode_short::attention_decode_short_128::KERNEL,
+    attention_groups::attention_groups_64::KERNEL,
+    attention_groups::attention_groups_short_64::KERNEL,
     attention_prefill::attention_prefill_32::KERNEL,
     attention_prefill::attention_prefill_64::KERNEL,
     attention_prefill::attention_prefill_96::KERNEL,
@@ -154,6 +159,8 @@ pub const KERNELS: &[&cuda_std::launch::KernelDesc] = &[
     wgmma_logits::wgmma_logits_64::KERNEL,
     wgmma_logits::wgmma_logits_128::KERNEL,
     wgmma_logits::wgmma_logits_256::KERNEL,
+    wgmma_long_gate_up::wgmma_long_gate_up_160::KERNEL,
+    wgmma_long_gate_up::wgmma_long_gate_up_256::KERNEL,
     wgmma_parts::wgmma_parts_64::KERNEL,
     wgmma_parts::wgmma_parts_128::KERNEL,
     wgmma_parts::wgmma_parts_256::KERNEL,

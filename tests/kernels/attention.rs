@@ -2,7 +2,9 @@
 
 use cuda_std::math;
 use half::bf16;
-use host::ops::{self, DecodeBlocks, DecodeScratch, HeadShape, NO_ROW, PAGE, Pages, PrefillTiles, Segment};
+use host::ops::{
+    self, DecodeBlocks, DecodeScratch, HeadShape, Mapped, NO_ROW, PAGE, Pages, PrefillTiles, Segment, TensorMaps,
+};
 use host::testing::{TestRng, Tolerance, assert_close};
 
 use crate::compare::assert_same;
@@ -214,15 +216,25 @@ impl Cache {
             segments.push(Segment { first_row, rows, first_position: first, table_start: self.places[index] });
         }
         let narrow = PrefillTiles::sized(segments.iter().copied(), short, heads).unwrap();
-        let answer = self.prefills_in(rig, heads, &qkv, &segments, short, &narrow, None);
+        let answer = self.prefills_in(rig, heads, &qkv, &segments, short, &narrow, None, None);
         if narrow.has_wide_warps(heads) {
             let wide = narrow.clone().with_wide_warps(true);
-            let again = self.prefills_in(rig, heads, &qkv, &segments, short, &wide, Some("attention_prefill_wide_64"));
+            let again =
+                self.prefills_in(rig, heads, &qkv, &segments, short, &wide, Some("attention_prefill_wide_64"), None);
             assert_same(&again, &answer, "warps of 32 rows");
         }
         let filled = narrow.clone().filled_up_to(narrow.count() + 3);
-        let again = self.prefills_in(rig, heads, &qkv, &segments, short, &filled, None);
+        let again = self.prefills_in(rig, heads, &qkv, &segments, short, &filled, None, None);
         assert_same(&again, &answer, "with tiles without rows");
+        if ops::wgmma_attends(&rig.device, heads) {
+            let halves = [Mapped::Pages(self.keys.view()), Mapped::Pages(self.values.view())];
+            let maps = TensorMaps::new(&rig.device, halves).unwrap();
+            let name = if short { "attention_groups_short_64" } else { "attention_groups_64" };
+            for tiles in [&narrow, &filled] {
+                let again = self.prefills_in(rig, heads, &qkv, &segments, short, tiles, Some(name), Some(&maps));
+                assert_same(&again, &answer, "by warpgroups");
+            }
+        }
         answer
     }
 
@@ -236,6 +248,7 @@ impl Cache {
         short: bool,
         tiles: &PrefillTiles,
         kernel: Option<&'static str>,
+        maps: Option<&TensorMaps>,
     ) -> Vec<bf16> {
         let (stride, width) = (heads.qkv_width(), heads.query_width());
         let mut out = rig.unwritten::<bf16>(qkv.len() / stride * width);
@@ -243,6 +256,7 @@ impl Cache {
             &rig.device,
             &rig.filled(qkv).view(),
             self.pages(),
+            maps,
             &self.tables.view(),
             tiles,
             &rig.filled(&tiles.numbers).view(),

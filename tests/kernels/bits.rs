@@ -49,7 +49,9 @@ const TENSOR_CORES: [&str; 39] = [
 
 /// Kernels whose blocks wait for each other or for the copy engine, which the executor does not do. `decode_step` and `tiles` compare
 /// them with the separate operations on a GPU, and so does the self-test, on every model of the GPU tests.
-const GPU_ONLY: [&str; 15] = [
+const GPU_ONLY: [&str; 19] = [
+    "attention_groups_64",
+    "attention_groups_short_64",
     "decode_step_32",
     "decode_step_64",
     "decode_step_long_32",
@@ -60,6 +62,8 @@ const GPU_ONLY: [&str; 15] = [
     "wgmma_logits_64",
     "wgmma_logits_128",
     "wgmma_logits_256",
+    "wgmma_long_gate_up_160",
+    "wgmma_long_gate_up_256",
     "wgmma_parts_64",
     "wgmma_parts_128",
     "wgmma_parts_256",

@@ -4,7 +4,9 @@ use std::time::Instant;
 
 use half::bf16;
 use host::device::{Device, LINEAR_RUNGS, LinearOutput, MemoryKind, Recording, SliceMut, Weight, contract};
-use host::ops::{self, HeadShape, PAGE, Pages, PagesMut, Places, PrefillTiles, Segment};
+use host::ops::{
+    self, BlockOutputs, HeadShape, Mapped, PAGE, Pages, PagesMut, Places, PrefillTiles, Segment, TensorMaps,
+};
 use host::testing::TestRng;
 
 use crate::compare::assert_same;
@@ -67,6 +69,8 @@ struct Values {
     parts: Guarded<f32>,
     gate_up: Guarded<bf16>,
     gated: Guarded<bf16>,
+    /// Where warpgroups multiply.
+    maps: Option<TensorMaps>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -76,12 +80,16 @@ enum Piece {
     Attention,
     /// The same by warps of 32 rows, where there are such.
     WideAttention,
+    /// The same by warpgroups.
+    GroupAttention,
     Output,
     ResidualNorm,
     /// Gate and up, their product, down, the norm behind them, of so many rows at once.
     FeedForward(usize),
     GateUp,
     SiluMul,
+    /// Both at once, by warpgroups in blocks of so many outputs.
+    LongGateUp(usize),
     Down,
 }
 
@@ -111,7 +119,23 @@ impl Values {
             parts: rig.filled(&rng.f32s(DOWN_SEGMENTS * rows * HIDDEN)),
             gate_up: rig.filled(&rng.bf16s(rows * 2 * FFN)),
             gated: rig.filled(&rng.bf16s(rows * FFN)),
+            maps: None,
         }
+    }
+
+    /// The same with tensor maps of the weights, where the device has warpgroups.
+    fn mapped(self, device: &Device, weights: &Weights) -> Self {
+        if !ops::wgmma_long_fits(device, HEADS, HIDDEN, FFN) {
+            return self;
+        }
+        let values = [
+            Mapped::LongGateUpInput(self.normed.view(), HIDDEN),
+            Mapped::Pages(self.keys.view()),
+            Mapped::Pages(self.values.view()),
+        ];
+        let all = values.into_iter().chain(weights.gate_up.iter().map(Mapped::LongGateUp));
+        let maps = Some(TensorMaps::new(device, all).unwrap());
+        Self { maps, ..self }
     }
 
     fn launch(&mut self, device: &Device, weights: &Weights, layer: usize, piece: Piece) {
@@ -130,13 +154,14 @@ impl Values {
                 let mut qkv = self.qkv.view_mut();
                 ops::rotary_kv_write(device, &mut qkv, &bias, &table, places, &mut pages, HEADS).unwrap();
             }
-            Piece::Attention | Piece::WideAttention => {
+            Piece::Attention | Piece::WideAttention | Piece::GroupAttention => {
                 let tiles = self.tiles.clone().with_wide_warps(piece == Piece::WideAttention);
                 let pages = Pages { keys: self.keys.view(), values: self.values.view() };
                 ops::attention_prefill(
                     device,
                     &self.qkv.view(),
                     pages,
+                    self.maps.as_ref().filter(|_| piece == Piece::GroupAttention),
                     &places.page_tables,
                     &tiles,
                     &self.tile_numbers.view(),
@@ -161,6 +186,12 @@ impl Values {
             }
             Piece::SiluMul => {
                 ops::silu_mul(device, &self.gate_up.view(), &mut self.gated.view_mut(), FFN).unwrap();
+            }
+            Piece::LongGateUp(outputs) => {
+                let Some(maps) = &self.maps else { return };
+                let (x, mut out) = (self.normed.view(), self.gated.view_mut());
+                let (block, rows, weight) = (BlockOutputs::Of(outputs), 0..self.rows, &weights.gate_up[layer]);
+                ops::wgmma_long_gate_up(device, block, maps, &x, rows, weight, &mut out).unwrap();
             }
             Piece::Down => {
                 let mut parts = self.parts.view_mut();
@@ -307,6 +338,23 @@ fn speed() {
                     measure(&device, &what, &mut || values.layers(&device, &weights, &layer));
                 }
             }
+        }
+    }
+}
+
+/// What warpgroups compute of a layer.
+#[test]
+#[ignore = "a measurement; needs a GPU"]
+fn speed_of_warpgroups() {
+    let rig = Rig::cuda();
+    let device = rig.device.clone();
+    let weights = Weights::new(&device);
+    for rows in [128, 256, 384, 512, 768, 1024, 1536, 2048, 4096] {
+        let mut values = Values::new(&rig, rows).mapped(&device, &weights);
+        // None of these changes what another one reads.
+        for piece in [Piece::GroupAttention, Piece::LongGateUp(160), Piece::LongGateUp(256)] {
+            let what = format!("{rows} rows, {piece:?}");
+            measure(&device, &what, &mut || values.layers(&device, &weights, &[piece]));
         }
     }
 }

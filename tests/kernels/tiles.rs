@@ -4,7 +4,7 @@
 
 use half::bf16;
 use host::device::{MemoryKind, Weight};
-use host::ops::{self, BlockTokens, HeadShape, Mapped, PAGE, PagesMut, Places, QkvBlocks, TensorMaps};
+use host::ops::{self, BlockOutputs, BlockTokens, HeadShape, Mapped, PAGE, PagesMut, Places, QkvBlocks, TensorMaps};
 use host::testing::TestRng;
 
 use crate::compare::assert_same;
@@ -57,6 +57,9 @@ fn cases(rig: &Rig) -> Vec<Sizes> {
         let real = Sizes { tokens: 64, hidden: 896, heads: heads(14, 2, 64), ffn: 4864, vocab: 151_936, bias: true };
         full.extend([9, 100, 200, 256].map(|tokens| Sizes { tokens, ..wide }));
         full.extend([real, Sizes { tokens: 33, ..real }, Sizes { tokens: 200, vocab: 20_000, ..real }]);
+        // More tiles than the GPU has multiprocessors, and widths that end within a tile.
+        full.push(Sizes { tokens: 1100, vocab: 1000, ..real });
+        full.extend([96, 160].map(|ffn| Sizes { tokens: 400, hidden: 128, ffn, vocab: 500, ..real }));
     } else {
         full.push(Sizes { tokens: 100, ..small });
         full.push(Sizes { tokens: 200, ..small });
@@ -268,6 +271,22 @@ pub(crate) fn gate_up(rig: &mut Rig) {
             let mut out = rig.unwritten::<bf16>(tokens * ffn);
             ops::wgmma_gate_up(&device, BlockTokens::Of(block), &maps, &x.view(), &layer, &mut out.view_mut()).unwrap();
             assert_same(&rig.read(name, &out), &expected, &format!("{name}, {tokens} tokens of {hidden} x {ffn}"));
+        }
+        for outputs in [160, 256] {
+            if warpgroup_blocks(rig).is_empty() || !ffn.is_multiple_of(32) {
+                continue;
+            }
+            let name = if outputs == 160 { "wgmma_long_gate_up_160" } else { "wgmma_long_gate_up_256" };
+            let maps = [Mapped::LongGateUpInput(x.view(), hidden), Mapped::LongGateUp(&layer)];
+            let maps = TensorMaps::new(&device, maps).unwrap();
+            let block = BlockOutputs::Of(outputs);
+            // All rows, and some from the middle.
+            for rows in [0..tokens, tokens / 3..tokens - tokens / 4] {
+                let (x, mut out) = (x.view(), rig.unwritten::<bf16>(rows.len() * ffn));
+                ops::wgmma_long_gate_up(&device, block, &maps, &x, rows.clone(), &layer, &mut out.view_mut()).unwrap();
+                let what = format!("{name}, {rows:?} of {tokens} tokens of {hidden} x {ffn}");
+                assert_same(&rig.read(name, &out), &expected[rows.start * ffn..rows.end * ffn], &what);
+            }
         }
     }
 }

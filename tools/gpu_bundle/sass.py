@@ -46,6 +46,7 @@ MEANT = {
     "tile_*": PRODUCTS,
     "attention_decode_*": PRODUCTS,
     "attention_prefill_*": PRODUCTS,
+    "attention_groups_*": ("HGMMA", "UTMALDG", "ACQBULK"),
     # The chain that the contract is defined by; cuBLASLt or the others above serve.
     "linear_bf16": ("HMMA", "ACQBULK"),
     "linear_f32": ("HMMA", "ACQBULK"),

@@ -160,13 +160,14 @@ impl Model {
     }
 
     /// Times the attention of a long prefill by warps of 16 and of 32 rows on random values, and takes the latter where it is
-    /// faster and has the same bits. Nothing on the CPU, or where there are no such warps. Returns both times.
+    /// faster and has the same bits. Nothing on the CPU, where there are no such warps, or where
+    /// warpgroups attend. Returns both times.
     ///
     /// # Errors
     /// No memory, or the device's error.
     pub fn choose_prefill(&self) -> Result<Option<[Duration; 2]>, DeviceError> {
         let (device, heads) = (self.device(), self.heads());
-        if !device.is_cuda() || self.context_tokens() < PREFILL {
+        if !device.is_cuda() || self.context_tokens() < PREFILL || ops::wgmma_attends(device, heads) {
             return Ok(None);
         }
         let segment = Segment { first_row: 0, rows: PREFILL, first_position: 0, table_start: 0 };
@@ -195,6 +196,7 @@ impl Model {
                         device,
                         &qkv,
                         pages,
+                        None,
                         &table,
                         &tiles,
                         &numbers,

@@ -4,7 +4,7 @@
 use half::bf16;
 
 use crate::device::{Buffer, Device, DeviceError, MemoryKind};
-use crate::ops::{self, HeadShape, PAGE, Pages, PagesMut};
+use crate::ops::{self, HeadShape, Mapped, PAGE, Pages, PagesMut, TensorMaps};
 
 /// Keys and values of every layer, in pages.
 #[derive(Debug)]
@@ -12,6 +12,8 @@ pub struct KvCache {
     layers: Vec<(Buffer<bf16>, Buffer<bf16>)>,
     page_count: usize,
     heads: HeadShape,
+    /// Of all keys and values, where warpgroups attend to them.
+    maps: Option<TensorMaps>,
 }
 
 impl KvCache {
@@ -23,14 +25,20 @@ impl KvCache {
         let elements = page_count.checked_mul(heads.page_elements()).ok_or_else(|| {
             DeviceError::InvalidParameter(format!("a KV cache of {page_count} pages is larger than any memory"))
         })?;
-        let layers = (0..layers)
+        let layers: Vec<_> = (0..layers)
             .map(|layer| {
                 let half =
                     |what| device.alloc_unwritten(elements, MemoryKind::KvCache, &format!("{what}, layer {layer}"));
                 Ok((half("keys")?, half("values")?))
             })
             .collect::<Result<_, DeviceError>>()?;
-        Ok(Self { layers, page_count, heads })
+        let mut maps = None;
+        if ops::wgmma_attends(device, heads) {
+            let keys = layers.iter().map(|(keys, _)| Mapped::Pages(keys.as_slice()));
+            let values = layers.iter().map(|(_, values)| Mapped::Pages(values.as_slice()));
+            maps = Some(TensorMaps::new(device, keys.chain(values))?);
+        }
+        Ok(Self { layers, page_count, heads, maps })
     }
 
     /// Bytes of one page over all layers.
@@ -66,6 +74,11 @@ impl KvCache {
     pub(super) fn pages(&self, layer: usize) -> Pages<'_> {
         let (keys, values) = &self.layers[layer];
         Pages { keys: keys.as_slice(), values: values.as_slice() }
+    }
+
+    /// The tensor maps of all layers' pages, where warpgroups attend to them.
+    pub(super) fn maps(&self) -> Option<&TensorMaps> {
+        self.maps.as_ref()
     }
 
     /// All layers' pages, to write.

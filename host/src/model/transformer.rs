@@ -13,7 +13,18 @@ use super::load::{self, LoadError, Parameters};
 use super::ways::Ways;
 use super::{Checkpoint, Choosing, KvCache, ModelConfig, Prefill, Step, Workspace};
 use crate::device::{Buffer, Device, DeviceError, MemoryKind, Slice, Weight, contract};
-use crate::ops::{self, DecodeBlocks, DecodeScratch, HeadShape, PAGE, PagesMut, Places, PrefillTiles, SampleParams};
+use crate::ops::{
+    self, BlockOutputs, DecodeBlocks, DecodeScratch, HeadShape, PAGE, PagesMut, Places, PrefillTiles, SampleParams,
+};
+
+/// What computes the layers of a step that is not recorded from single tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Layers {
+    /// The library, and separate operations behind it.
+    Separate,
+    /// Our own tiles for many rows, where there are such, with what stands behind them.
+    Fused,
+}
 
 /// A model on a device.
 #[derive(Debug)]
@@ -191,7 +202,7 @@ impl Model {
         workspace: &mut Workspace,
     ) -> Result<(), DeviceError> {
         step.check(self, cache, workspace.limits())?;
-        self.compute(step, Choosing::Caller, cache, workspace, Tokens::Given)
+        self.compute(step, Choosing::Caller, cache, workspace, Tokens::Given, Layers::Separate)
     }
 
     fn any(
@@ -214,7 +225,7 @@ impl Model {
         {
             return Ok(());
         }
-        self.compute(step, choosing, cache, workspace, tokens)
+        self.compute(step, choosing, cache, workspace, tokens, self.layers(step.tokens.len()))
     }
 
     /// Leaves a token of each of `rows` rows, whose logits are there, in `chosen`; `draws` are their records.
@@ -237,7 +248,7 @@ impl Model {
         ops::sample(device, &values.as_slice(), params, &mut chosen.slice_mut(..rows)?)
     }
 
-    /// Any step, by separate operations and without padding.
+    /// Any step, launched piece by piece and without padding.
     pub(super) fn compute(
         &self,
         step: &Step<'_>,
@@ -245,6 +256,7 @@ impl Model {
         cache: &mut KvCache,
         workspace: &mut Workspace,
         tokens: Tokens,
+        layers: Layers,
     ) -> Result<(), DeviceError> {
         let tiles = self.tiles(step)?;
         let layout = Layout {
@@ -256,7 +268,7 @@ impl Model {
         self.give(step, choosing, layout, &tiles, workspace, tokens)?;
         let groups = decode_groups(&step.positions[..step.decode_rows], self.heads(), workspace.arena.scratch_len());
         let tables_end = layout.page_tables() + step.page_tables.len();
-        self.launch_step(layout, &tiles, &groups, tables_end, cache, workspace)
+        self.launch_step(layout, layers, &tiles, &groups, tables_end, cache, workspace)
     }
 
     /// The tiles of a step's prefills.
@@ -287,6 +299,7 @@ impl Model {
     pub(super) fn launch_step(
         &self,
         layout: Layout,
+        layers: Layers,
         tiles: &PrefillTiles,
         groups: &[Group],
         tables_end: usize,
@@ -296,7 +309,9 @@ impl Model {
         let (config, heads, device) = (&self.config, self.heads(), &self.device);
         let (rows, hidden, eps) = (layout.rows, config.hidden, config.rms_norm_eps);
         let rope_table = self.rope_table.as_slice();
-        let Workspace { indices, residual, normed, qkv, counters, attended, arena, feed_rows, .. } = workspace;
+        let Workspace { indices, residual, normed, qkv, counters, attended, arena, feed_rows, tensor_maps, .. } =
+            workspace;
+        let maps = tensor_maps.as_ref().filter(|_| layers == Layers::Fused);
         let tokens = indices.slice(..rows)?;
         let places = Places {
             positions: indices.slice(rows..2 * rows)?,
@@ -352,6 +367,7 @@ impl Model {
                     device,
                     &qkv.as_slice(),
                     pages,
+                    cache.maps(),
                     &places.page_tables,
                     tiles,
                     &tile_numbers,
@@ -364,11 +380,16 @@ impl Model {
             ops::residual_norm(device, &mut residual, &output, &gain, &mut normed, eps)?;
             for part in feed_parts(rows, *feed_rows) {
                 let (start, end) = (part.start * hidden, part.end * hidden);
-                let mut gate_up = gate_up.slice_mut(..part.len() * 2 * config.ffn)?;
                 let mut gated = gated.slice_mut(..part.len() * config.ffn)?;
+                if let Some(maps) = maps {
+                    let block = BlockOutputs::Chosen;
+                    ops::wgmma_long_gate_up(device, block, maps, &normed.as_slice(), part, &layer.gate_up, &mut gated)?;
+                } else {
+                    let mut gate_up = gate_up.slice_mut(..part.len() * 2 * config.ffn)?;
+                    ops::linear(device, &normed.as_slice().slice(start..end)?, &layer.gate_up, &mut gate_up)?;
+                    ops::silu_mul(device, &gate_up.as_slice(), &mut gated, config.ffn)?;
+                }
                 let (mut residual, mut normed) = (residual.slice_mut(start..end)?, normed.slice_mut(start..end)?);
-                ops::linear(device, &normed.as_slice(), &layer.gate_up, &mut gate_up)?;
-                ops::silu_mul(device, &gate_up.as_slice(), &mut gated, config.ffn)?;
                 let down = ops::linear_to_residual(device, &gated.as_slice(), &layer.down, &mut scratch)?;
                 if let Some(next) = self.parameters.layers.get(index + 1) {
                     let gain = next.input_norm.as_slice();

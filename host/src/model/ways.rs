@@ -115,6 +115,8 @@ pub(super) struct Ways {
     tiles: AtomicBool,
     /// Tiles of many rows by warpgroups.
     warpgroups: bool,
+    /// The same for prefills.
+    long_tiles: bool,
     recorded: AtomicBool,
     /// A packed [`Plan`] for each rung.
     plans: [AtomicU8; RUNGS.len()],
@@ -137,6 +139,7 @@ impl Ways {
             few: AtomicBool::new(tensor_cores && ops::few_fits(device, heads, config.hidden, config.ffn)),
             tiles: AtomicBool::new(tensor_cores && ops::tiles_fits(device, heads, config.hidden, config.ffn)),
             warpgroups,
+            long_tiles: tensor_cores && ops::wgmma_long_fits(device, heads, config.hidden, config.ffn),
             recorded: AtomicBool::new(tensor_cores),
             plans: RUNGS.map(|rung| AtomicU8::new(Plan::guess(rung, warpgroups).packed())),
             prefills: AtomicBool::new(tensor_cores),
@@ -175,6 +178,11 @@ impl Ways {
 
     pub(super) fn has_recorded_prefills(&self) -> bool {
         self.prefills.load(Ordering::Relaxed)
+    }
+
+    /// Prefills whose layers are our own tiles', until prefills of other ways are given up.
+    pub(super) fn has_fused_prefills(&self) -> bool {
+        self.long_tiles && self.has_recorded_prefills()
     }
 
     pub(super) fn give_up_recorded_prefills(&self) {
@@ -236,6 +244,7 @@ mod tests {
             few: AtomicBool::new(true),
             tiles: AtomicBool::new(true),
             warpgroups: false,
+            long_tiles: true,
             recorded: AtomicBool::new(true),
             plans: [
                 (true, all),
@@ -273,9 +282,9 @@ mod tests {
         assert_eq!([of(1), of(64)], [Some((DecodeWay::Recorded, Tiled::NONE)); 2]);
         ways.give_up(DecodeWay::Recorded);
         assert_eq!([of(1), of(64)], [None; 2]);
-        assert!(ways.has_recorded_prefills(), "they are no decode steps");
+        assert!(ways.has_recorded_prefills() && ways.has_fused_prefills(), "they are no decode steps");
         ways.give_up_recorded_prefills();
-        assert!(!ways.has_recorded_prefills());
+        assert!(!ways.has_recorded_prefills() && !ways.has_fused_prefills());
     }
 
     #[test]

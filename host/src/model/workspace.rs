@@ -120,6 +120,7 @@ impl Model {
     fn tensor_maps(&self, workspace: &mut Workspace) -> Result<TensorMaps, DeviceError> {
         let (hidden, ffn, heads) = (self.config().hidden, self.config().ffn, self.heads());
         let gated = workspace.arena.layers()?.gated;
+        let long = ops::wgmma_long_fits(self.device(), heads, hidden, ffn);
         let values = [
             Mapped::QkvInput(workspace.normed.as_slice(), hidden),
             Mapped::PartsInput(workspace.attended.as_slice(), heads.query_width()),
@@ -137,7 +138,10 @@ impl Model {
                 Mapped::Parts(&layer.down),
             ]
         });
-        TensorMaps::new(self.device(), values.into_iter().chain(weights))
+        let long_input = [Mapped::LongGateUpInput(workspace.normed.as_slice(), hidden)];
+        let long_weights = self.parameters.layers.iter().map(|layer| Mapped::LongGateUp(&layer.gate_up));
+        let longs = long_input.into_iter().chain(long_weights).filter(|_| long);
+        TensorMaps::new(self.device(), values.into_iter().chain(weights).chain(longs))
     }
 }
 

@@ -6,10 +6,11 @@ use kernels_gpu::attention::SPAN;
 use kernels_gpu::attention_decode as decode;
 pub use kernels_gpu::attention_decode::NO_ROW;
 use kernels_gpu::attention_decode_short as short;
+use kernels_gpu::attention_groups as groups;
 use kernels_gpu::attention_prefill as prefill;
 use kernels_gpu::rotary_kv_write as fused;
 
-use super::{PAGE, Pairing, Places, blocks, expect, size};
+use super::{PAGE, Pairing, Places, TensorMaps, blocks, expect, size};
 use crate::device::{Device, DeviceError, Slice, SliceMut};
 
 /// The heads of an attention layer.
@@ -466,7 +467,8 @@ impl PrefillTiles {
 
 /// Causal attention of consecutive tokens of any number of sequences over their pages, their own keys and values included.
 /// `qkv` is \[T, (H + 2 G) D\], `out` \[T, H, D\]; `tiles` says which rows are meant, and `numbers` are its own on the
-/// device. Rows in no tile stay as they are.
+/// device. Rows in no tile stay as they are. Where `maps` has [`Mapped::Pages`](super::Mapped::Pages) of both keys and values
+/// ([`wgmma_attends`](super::wgmma_attends)), warpgroups compute it; it changes no bit.
 ///
 /// # Errors
 /// A shape that does not fit, or the launch's error. A row or page that is not there stops the device.
@@ -475,6 +477,7 @@ pub fn attention_prefill(
     device: &Device,
     qkv: &Slice<'_, f32>,
     pages: Pages<'_>,
+    maps: Option<&TensorMaps>,
     page_tables: &Slice<'_, u32>,
     tiles: &PrefillTiles,
     numbers: &Slice<'_, u32>,
@@ -497,6 +500,31 @@ pub fn attention_prefill(
         )
     })?;
     let blocks = [size(NAME, heads.query_heads)?, size(NAME, numbers.len() / prefill::TILE_FIELDS)?, 1];
+    if let Some(maps) = maps {
+        expect(heads.width == 64, NAME, || format!("heads of 64 elements for warpgroups, not {}", heads.width))?;
+        let shared_bytes = size(NAME, groups::shared_bytes())?;
+        let kernel = match tiles.kind.short {
+            true => groups::attention_groups_short_64::launch,
+            false => groups::attention_groups_64::launch,
+        };
+        let (keys, values) = (maps.pages(NAME, &pages.keys)?, maps.pages(NAME, &pages.values)?);
+        return device.launch(
+            kernel(
+                qkv,
+                &keys,
+                &values,
+                page_tables,
+                numbers,
+                out,
+                size(NAME, stride)?,
+                size(NAME, pages.keys.len() / heads.page_elements())?,
+                size(NAME, heads.kv_heads)?,
+                size(NAME, heads.query_heads / heads.kv_heads)?,
+                heads.scale(),
+            ),
+            Grid { blocks, dynamic_shared_bytes: shared_bytes },
+        );
+    }
     let shared_bytes = prefill::shared_bytes(tiles.kind.rows(), heads.width);
     let grid = Grid { blocks, dynamic_shared_bytes: size(NAME, shared_bytes)? };
     let kernel = match (heads.width, tiles.kind.short) {

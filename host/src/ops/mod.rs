@@ -37,7 +37,8 @@ pub use sampling::{
 };
 pub use tiles::{BlockTokens, tile_best_len, tile_gate_up, tile_logits, tile_parts, tile_qkv, tiles_fits};
 pub use wgmma::{
-    Mapped, QkvBlocks, TensorMaps, wgmma_best_len, wgmma_fits, wgmma_gate_up, wgmma_logits, wgmma_parts, wgmma_qkv,
+    BlockOutputs, Mapped, QkvBlocks, TensorMaps, wgmma_attends, wgmma_best_len, wgmma_fits, wgmma_gate_up,
+    wgmma_logits, wgmma_long_fits, wgmma_long_gate_up, wgmma_parts, wgmma_qkv,
 };
 
 use crate::device::DeviceError;

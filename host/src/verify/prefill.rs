@@ -1,5 +1,5 @@
 //! Prefills: one that is recorded, filled up to a bucket and started again with other numbers gives the bits of the separate
-//! operations.
+//! operations, and so does one whose layers are our own tiles'.
 
 use super::{Line, rehearsal};
 use crate::device::{DeviceError, MemoryKind};
@@ -10,10 +10,10 @@ use crate::ops::{self, PAGE};
 pub(super) type Shape = (usize, usize);
 
 /// Of the quick check, which a server makes before it serves.
-pub(super) const QUICK: [Shape; 2] = [(100, 3), (1000, 1)];
+pub(super) const QUICK: [Shape; 3] = [(100, 3), (1000, 1), (1500, 1)];
 
 /// Of the full check: both sides of buckets' boundaries.
-pub(super) const FULL: [Shape; 16] = [
+pub(super) const FULL: [Shape; 19] = [
     (2, 1),
     (15, 3),
     (16, 1),
@@ -30,6 +30,9 @@ pub(super) const FULL: [Shape; 16] = [
     (513, 1),
     (1000, 3),
     (1024, 1),
+    (1025, 1),
+    (1500, 3),
+    (4500, 1),
 ];
 
 /// Rows that a bucket has more than a step, at most; a workspace without them would have none filled up.
@@ -41,7 +44,9 @@ pub(super) fn check(model: &Model, shapes: &[Shape]) -> Result<Option<Line>, Dev
     let mut shapes: Vec<Shape> =
         shapes.iter().map(|&(rows, prompts)| (rows.min(model.context_tokens()), prompts)).collect();
     shapes.dedup();
-    shapes.retain(|&(rows, prompts)| model.records_prefill(rows) && (1..=rows).contains(&prompts));
+    shapes.retain(|&(rows, prompts)| {
+        (model.records_prefill(rows) || model.fuses_prefill(rows)) && (1..=rows).contains(&prompts)
+    });
     let Some(most) = shapes.iter().copied().reduce(|(a, b), (c, d)| (a.max(c), b.max(d))) else { return Ok(None) };
     let mut pair = Pair::new(model, most)?;
     let (mut wrong, mut values) = (0, 0);
@@ -52,7 +57,7 @@ pub(super) fn check(model: &Model, shapes: &[Shape]) -> Result<Option<Line>, Dev
         (wrong, values) = (wrong + differing, values + seen);
     }
     Ok(Some(Line::new(
-        "recorded prefills = prefills by separate operations",
+        "recorded and fused prefills = prefills by separate operations",
         format!("{wrong} of {values} logits, keys and values differ, {} steps of up to {} rows", shapes.len(), most.0),
         wrong == 0 && values > 0,
     )))

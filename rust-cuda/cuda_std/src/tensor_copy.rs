@@ -120,4 +120,7 @@ copies! {
     copy_eights, "4d", [column row part eight];
     /// As [`copy_eights`], with `part` a half of head `head`, whose eights are counted by themselves.
     copy_halves, "5d", [column row part eight head];
+    /// Starts to copy the box that begins at column `column` of the rows that three dimensions number, from `block` on, where the
+    /// matrix's rows are to stand in another order than it has them: see the host's description.
+    copy_woven, "5d", [column one few some block];
 }
