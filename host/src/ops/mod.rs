@@ -12,8 +12,10 @@ mod few;
 mod linear;
 mod rows;
 mod sampling;
+mod tensor_maps;
 mod tiles;
 mod wgmma;
+mod wgmma_long;
 
 pub use attention::{
     DecodeBlocks, DecodeScratch, HeadShape, NO_ROW, Pages, PagesMut, PrefillTiles, Segment, TileKind, attention_decode,
@@ -35,11 +37,10 @@ pub use rows::{embedding, gather_rows, residual_norm, rms_norm};
 pub use sampling::{
     LogProbs, SampleParams, argmax, log_probs, penalties, sample, sample_scratch_len, spare_for_choosing,
 };
+pub use tensor_maps::{Mapped, TensorMaps};
 pub use tiles::{BlockTokens, tile_best_len, tile_gate_up, tile_logits, tile_parts, tile_qkv, tiles_fits};
-pub use wgmma::{
-    BlockOutputs, Mapped, QkvBlocks, TensorMaps, wgmma_attends, wgmma_best_len, wgmma_fits, wgmma_gate_up,
-    wgmma_logits, wgmma_long_fits, wgmma_long_gate_up, wgmma_parts, wgmma_qkv,
-};
+pub use wgmma::{QkvBlocks, wgmma_best_len, wgmma_fits, wgmma_gate_up, wgmma_logits, wgmma_parts, wgmma_qkv};
+pub use wgmma_long::{BlockOutputs, wgmma_attends, wgmma_long_fits, wgmma_long_gate_up};
 
 use crate::device::DeviceError;
 

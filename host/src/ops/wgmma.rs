@@ -1,36 +1,28 @@
-//! The linear layers of steps of many rows on Hopper, with what stands behind them. Each gives the bits of the separate operations on
-//! a GPU; how many tokens a block takes changes none.
-
-use std::ops::Range;
+//! The linear layers of decode steps of many rows on Hopper, with what stands behind them. Each gives the bits of the separate operations
+//! on a GPU; how many tokens a block takes changes none.
 
 use cuda_std::launch::Grid;
 use half::bf16;
 use kernels_gpu::warpgroup_tiles::{Layout, STAGE};
 use kernels_gpu::wgmma_qkv::{QKV, QKV_PAIRED};
-use kernels_gpu::{
-    attention_groups as groups, few_logits, wgmma_gate_up, wgmma_logits, wgmma_long_gate_up as long, wgmma_parts,
-    wgmma_qkv,
-};
+use kernels_gpu::{few_logits, wgmma_gate_up, wgmma_logits, wgmma_parts, wgmma_qkv};
 
 use super::attention::PagesMut;
 use super::few::Places;
+use super::tensor_maps::{Boxes, TensorMaps};
 use super::tiles::BlockTokens;
-use super::{HeadShape, PAGE, expect, size};
-use crate::device::{
-    Buffer, Device, DeviceError, Dimension, MemoryKind, Slice, SliceMut, TENSOR_MAP_WORDS, Weight, contract,
-};
+use super::{HeadShape, expect, size};
+use crate::device::{Device, DeviceError, Slice, SliceMut, Weight, contract};
 
 /// Layouts for 64, 128 and 256 tokens.
-type Layouts = [Layout; 3];
+pub(super) type Layouts = [Layout; 3];
 
-const PARTS: Layouts = [wgmma_parts::PARTS_64, wgmma_parts::PARTS_128, wgmma_parts::PARTS_256];
-const GATE_UP: Layouts = [wgmma_gate_up::GATE_UP_64, wgmma_gate_up::GATE_UP_128, wgmma_gate_up::GATE_UP_256];
-const LOGITS: Layouts = [wgmma_logits::LOGITS_64, wgmma_logits::LOGITS_128, wgmma_logits::LOGITS_256];
-
-const LONG_GATE_UP: [long::Layout; 2] = [long::OUTPUTS_160, long::OUTPUTS_256];
+pub(super) const PARTS: Layouts = [wgmma_parts::PARTS_64, wgmma_parts::PARTS_128, wgmma_parts::PARTS_256];
+pub(super) const GATE_UP: Layouts = [wgmma_gate_up::GATE_UP_64, wgmma_gate_up::GATE_UP_128, wgmma_gate_up::GATE_UP_256];
+pub(super) const LOGITS: Layouts = [wgmma_logits::LOGITS_64, wgmma_logits::LOGITS_128, wgmma_logits::LOGITS_256];
 
 /// The image whose kernels have the instructions: no other GPU has them.
-const IMAGE: &str = "sm_90a";
+pub(super) const IMAGE: &str = "sm_90a";
 
 /// How many blocks of [`wgmma_qkv()`] a multiprocessor has at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,215 +48,10 @@ pub fn wgmma_fits(device: &Device, heads: HeadShape, hidden: usize, ffn: usize) 
         && heads.width.is_multiple_of(32)
 }
 
-/// Whether warpgroups compute [`attention_prefill()`](super::attention_prefill) where it is given tensor maps of the pages.
-#[must_use]
-pub fn wgmma_attends(device: &Device, heads: HeadShape) -> bool {
-    device.kernel_image() == Some(IMAGE)
-        && heads.width == STAGE
-        && groups::shared_bytes() <= device.shared_bytes_per_block()
-}
-
-/// Whether [`wgmma_long_gate_up()`] takes a model's shapes where the others do.
-#[must_use]
-pub fn wgmma_long_fits(device: &Device, heads: HeadShape, hidden: usize, ffn: usize) -> bool {
-    wgmma_fits(device, heads, hidden, ffn)
-        && LONG_GATE_UP.into_iter().all(|layout| ffn.is_multiple_of(layout.woven()))
-        && LONG_GATE_UP.into_iter().all(|layout| layout.ring_bytes() <= device.shared_bytes_per_block())
-}
-
 /// Elements of the scratch of [`wgmma_logits()`] for `rows` rows.
 #[must_use]
 pub fn wgmma_best_len(device: &Device, rows: usize) -> usize {
     device.multiprocessors() * rows
-}
-
-/// What a tensor map is for.
-#[derive(Clone, Copy, Debug)]
-pub enum Mapped<'a> {
-    /// The input of [`wgmma_qkv()`] \[M, K\], and K.
-    QkvInput(Slice<'a, bf16>, usize),
-    /// The weight of it, whose heads are so wide.
-    Qkv(&'a Weight, usize),
-    /// The input of [`wgmma_gate_up()`] \[M, K\], and K.
-    GateUpInput(Slice<'a, bf16>, usize),
-    /// The weight of it.
-    GateUp(&'a Weight),
-    /// The input of [`wgmma_long_gate_up()`], all of it, and K.
-    LongGateUpInput(Slice<'a, bf16>, usize),
-    /// The weight of it.
-    LongGateUp(&'a Weight),
-    /// The input of [`wgmma_parts()`] \[M, K\], and K.
-    PartsInput(Slice<'a, bf16>, usize),
-    /// The weight of it.
-    Parts(&'a Weight),
-    /// A layer's keys, or its values, for [`attention_prefill()`](super::attention_prefill) with heads of 64 elements.
-    Pages(Slice<'a, bf16>),
-    /// The input of [`wgmma_logits()`] \[M, K\], and K.
-    LogitsInput(Slice<'a, bf16>, usize),
-    /// The weight of it.
-    Logits(&'a Weight),
-}
-
-/// What a copy takes of a matrix.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Boxes {
-    /// So many rows.
-    Rows(usize),
-    /// Gates and their ups by eights.
-    Eights,
-    /// Both halves of heads by eights.
-    Partners,
-    /// So many gates, or ups, in the order in which a lane has neighbours.
-    Woven(usize),
-}
-
-/// The matrix that a tensor map is of, and its boxes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Key {
-    address: u64,
-    width: usize,
-    boxes: Boxes,
-}
-
-/// Tensor maps in a device's memory. They do not hold the matrices: whoever uses one brings the matrix along.
-#[derive(Debug)]
-pub struct TensorMaps {
-    words: Buffer<u64>,
-    of: Vec<(Key, usize)>,
-}
-
-impl TensorMaps {
-    /// Makes those of these matrices, and waits until they are on the device: kernels read them before they wait for the work ahead.
-    ///
-    /// # Errors
-    /// No memory, not on this device, or the driver's error.
-    pub fn new<'a>(device: &Device, matrices: impl IntoIterator<Item = Mapped<'a>>) -> Result<Self, DeviceError> {
-        let (mut words, mut of) = (Vec::new(), Vec::new());
-        for matrix in matrices {
-            for (key, rows, map) in encode(device, matrix)? {
-                words.extend(map);
-                of.push((key, rows));
-            }
-        }
-        let words = device.alloc_from(&words, MemoryKind::Activations, "tensor maps")?;
-        device.synchronize()?;
-        Ok(Self { words, of })
-    }
-
-    /// The map of a matrix that begins where this one does and has its rows, or more.
-    fn find(&self, name: &str, key: Key, rows: usize) -> Result<Slice<'_, u64>, DeviceError> {
-        let place = self.of.iter().position(|&(of, most)| of == key && rows <= most);
-        let Some(place) = place else {
-            return Err(DeviceError::InvalidParameter(format!("{name}: {rows} rows of {key:?} have no tensor map")));
-        };
-        self.words.slice(place * TENSOR_MAP_WORDS..(place + 1) * TENSOR_MAP_WORDS)
-    }
-
-    /// That of all keys of a layer, or of all values.
-    pub(super) fn pages(&self, name: &str, pages: &Slice<'_, bf16>) -> Result<Slice<'_, u64>, DeviceError> {
-        let key = Key { address: pages.address(), width: STAGE, boxes: Boxes::Rows(PAGE) };
-        self.find(name, key, pages.len() / STAGE)
-    }
-
-    fn input(
-        &self,
-        name: &str,
-        layout: Layout,
-        x: &Slice<'_, bf16>,
-        width: usize,
-    ) -> Result<Slice<'_, u64>, DeviceError> {
-        let boxes = Boxes::Rows(layout.box_rows());
-        self.find(name, Key { address: x.address(), width, boxes }, x.len() / width)
-    }
-
-    fn weight(&self, name: &str, weight: &Weight, boxes: Boxes) -> Result<Slice<'_, u64>, DeviceError> {
-        let address = weight.rows()?.as_slice().address();
-        self.find(name, Key { address, width: weight.k(), boxes }, weight.n())
-    }
-}
-
-/// A tensor map, what it is of, and how many rows that has.
-type Encoded = (Key, usize, [u64; TENSOR_MAP_WORDS]);
-
-/// The map of rows of `width`, in boxes of so many.
-fn encode_rows(
-    device: &Device,
-    source: &Slice<'_, bf16>,
-    width: usize,
-    box_rows: usize,
-) -> Result<Encoded, DeviceError> {
-    let rows = source.len().checked_div(width).unwrap_or(0);
-    let dimensions =
-        [Dimension { len: width, stride: 1, boxed: STAGE }, Dimension { len: rows, stride: width, boxed: box_rows }];
-    let map = device.tensor_map(source, &dimensions)?;
-    Ok((Key { address: source.address(), width, boxes: Boxes::Rows(box_rows) }, rows, map))
-}
-
-/// The maps that the layouts of an operation want of a matrix: those with other boxes apart.
-fn encode(device: &Device, matrix: Mapped<'_>) -> Result<Vec<Encoded>, DeviceError> {
-    let in_boxes = |source: &Slice<'_, bf16>, width: usize, mut box_rows: Vec<usize>| {
-        box_rows.sort_unstable();
-        box_rows.dedup();
-        box_rows.into_iter().map(|rows| encode_rows(device, source, width, rows)).collect()
-    };
-    let input =
-        |x: &Slice<'_, bf16>, width, layouts: Layouts| in_boxes(x, width, layouts.map(Layout::box_rows).to_vec());
-    let outputs = |weight: &Weight, layouts: Layouts| {
-        in_boxes(&weight.rows()?.as_slice(), weight.k(), layouts.map(|layout| layout.outputs).to_vec())
-    };
-    match matrix {
-        Mapped::QkvInput(x, width) => in_boxes(&x, width, vec![QKV.box_rows()]),
-        Mapped::GateUpInput(x, width) => input(&x, width, GATE_UP),
-        Mapped::PartsInput(x, width) => input(&x, width, PARTS),
-        Mapped::LogitsInput(x, width) => input(&x, width, LOGITS),
-        Mapped::Parts(weight) => outputs(weight, PARTS),
-        Mapped::Pages(pages) => Ok(vec![encode_rows(device, &pages, STAGE, PAGE)?]),
-        Mapped::Logits(weight) => outputs(weight, LOGITS),
-        Mapped::Qkv(weight, head_width) => {
-            let (rows, width) = (weight.rows()?.as_slice(), weight.k());
-            let half = head_width / 2;
-            let dimensions = [
-                Dimension { len: width, stride: 1, boxed: STAGE },
-                Dimension { len: 8, stride: width, boxed: 8 },
-                Dimension { len: 2, stride: half * width, boxed: 2 },
-                Dimension { len: half / 8, stride: 8 * width, boxed: QKV.outputs / 16 },
-                Dimension { len: weight.n() / head_width.max(1), stride: head_width * width, boxed: 1 },
-            ];
-            let map = device.tensor_map(&rows, &dimensions)?;
-            Ok(vec![(Key { address: rows.address(), width, boxes: Boxes::Partners }, weight.n(), map)])
-        }
-        Mapped::GateUp(weight) => {
-            let (rows, width) = (weight.rows()?.as_slice(), weight.k());
-            let ffn = weight.n() / 2;
-            let dimensions = [
-                Dimension { len: width, stride: 1, boxed: STAGE },
-                Dimension { len: 8, stride: width, boxed: 8 },
-                Dimension { len: 2, stride: ffn * width, boxed: 2 },
-                Dimension { len: ffn / 8, stride: 8 * width, boxed: GATE_UP[0].outputs / 16 },
-            ];
-            let map = device.tensor_map(&rows, &dimensions)?;
-            Ok(vec![(Key { address: rows.address(), width, boxes: Boxes::Eights }, weight.n(), map)])
-        }
-        Mapped::LongGateUpInput(x, width) => Ok(vec![encode_rows(device, &x, width, long::TOKENS)?]),
-        Mapped::LongGateUp(weight) => {
-            let (rows, width) = (weight.rows()?.as_slice(), weight.k());
-            let woven = |layout: long::Layout| {
-                // Of 4 N outputs, N t + 2 i + j stands at 8 i + 2 t + j, whose sums lane t of four has.
-                let long::Layout { width: outputs, neighbours, .. } = layout;
-                let blocks = [weight.n(), outputs].map(|count| count / layout.woven());
-                let dimensions = [
-                    Dimension { len: width, stride: 1, boxed: STAGE },
-                    Dimension { len: 2, stride: width, boxed: 2 },
-                    Dimension { len: 4, stride: neighbours * width, boxed: 4 },
-                    Dimension { len: neighbours / 2, stride: 2 * width, boxed: neighbours / 2 },
-                    Dimension { len: blocks[0], stride: layout.woven() * width, boxed: blocks[1] },
-                ];
-                let map = device.tensor_map(&rows, &dimensions)?;
-                Ok((Key { address: rows.address(), width, boxes: Boxes::Woven(outputs) }, weight.n(), map))
-            };
-            LONG_GATE_UP.into_iter().map(woven).collect()
-        }
-    }
 }
 
 /// Which of the layouts: the smallest with room for all tokens, or the largest; or the caller's.
@@ -289,7 +76,13 @@ fn grid(name: &str, layout: Layout, blocks: usize, tokens: usize, segments: usiz
 }
 
 /// M of `x` \[M, K\], where K suits and the device has the instructions.
-fn rows(name: &str, device: &Device, x: &Slice<'_, bf16>, width: usize, segments: usize) -> Result<usize, DeviceError> {
+pub(super) fn rows(
+    name: &str,
+    device: &Device,
+    x: &Slice<'_, bf16>,
+    width: usize,
+    segments: usize,
+) -> Result<usize, DeviceError> {
     expect(device.kernel_image() == Some(IMAGE), name, || {
         format!("kernels of an {IMAGE} image; use the separate operations")
     })?;
@@ -304,7 +97,7 @@ fn rows(name: &str, device: &Device, x: &Slice<'_, bf16>, width: usize, segments
 
 /// Queries, keys and values of `x` \[M, K\], rotated (pairs i and i + D/2): the queries are left in `queries`
 /// \[M, (H + 2 G) D\], keys and values are stored in their pages. The bits of [`linear`](super::linear) and
-/// [`rotary_kv_write`](super::rotary_kv_write). `maps` has [`Mapped::QkvInput`] and [`Mapped::Qkv`] of them.
+/// [`rotary_kv_write`](super::rotary_kv_write). `maps` has [`Mapped::QkvInput`](super::Mapped::QkvInput) and [`Mapped::Qkv`](super::Mapped::Qkv) of them.
 ///
 /// # Errors
 /// As for [`wgmma_parts()`].
@@ -373,7 +166,7 @@ pub fn wgmma_qkv(
 }
 
 /// `x` \[M, K\] times the weight \[N, K\], with K in `segments` equal, consecutive segments: `parts` \[segments, M, N\]. `maps` has
-/// [`Mapped::PartsInput`] and [`Mapped::Parts`] of them.
+/// [`Mapped::PartsInput`](super::Mapped::PartsInput) and [`Mapped::Parts`](super::Mapped::Parts) of them.
 ///
 /// # Errors
 /// A shape that does not fit, a map that is missing, or the launch's error.
@@ -412,7 +205,7 @@ pub fn wgmma_parts(
 }
 
 /// silu(gate) * up of `x` \[M, K\] into `out` \[M, F\], where the weight \[2 F, K\] has gate, then up. The bits of
-/// [`linear`](super::linear) into bf16 and [`silu_mul`](super::silu_mul). `maps` has [`Mapped::GateUpInput`] and [`Mapped::GateUp`] of
+/// [`linear`](super::linear) into bf16 and [`silu_mul`](super::silu_mul). `maps` has [`Mapped::GateUpInput`](super::Mapped::GateUpInput) and [`Mapped::GateUp`](super::Mapped::GateUp) of
 /// them.
 ///
 /// # Errors
@@ -445,90 +238,8 @@ pub fn wgmma_gate_up(
     device.launch(kernel(&x_map, &weight_map, out, tokens, ffn, width), grid)
 }
 
-/// Outputs of a block. It changes no bit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BlockOutputs {
-    /// What is expected to be fastest.
-    Chosen,
-    /// So many: 160 or 256.
-    Of(usize),
-}
-
-/// Which layout of [`LONG_GATE_UP`]. A GPU's clusters take about the same time for a tile, so some of them are idle in the last
-/// round. Narrow tiles waste less of it, but bring more for what they compute.
-fn long_layout(
-    name: &str,
-    block: BlockOutputs,
-    pairs: usize,
-    ffn: usize,
-    clusters: usize,
-) -> Result<usize, DeviceError> {
-    /// The time of a narrow tile, for its width, in percent of a wide one's: on an H100 narrow ones are faster with 512 rows, in
-    /// rounds of 160 by 256, and slower with 1024, in 320 by 384.
-    const NARROW: usize = 125;
-    let rounds = |layout: long::Layout| (pairs * ffn.div_ceil(layout.width)).div_ceil(clusters.max(1)) * layout.width;
-    match block {
-        BlockOutputs::Chosen => Ok(usize::from(rounds(LONG_GATE_UP[1]) * 100 <= rounds(LONG_GATE_UP[0]) * NARROW)),
-        BlockOutputs::Of(outputs) => {
-            LONG_GATE_UP.iter().position(|layout| 2 * layout.width == outputs).ok_or_else(|| {
-                DeviceError::InvalidParameter(format!("{name}: a block makes 160 or 256 outputs, not {outputs}"))
-            })
-        }
-    }
-}
-
-/// As [`wgmma_gate_up()`], for rows `rows` of `x`, in tiles for many: `out` is \[their number, F\]. `maps` has
-/// [`Mapped::LongGateUpInput`] of x, or of more rows from its first on, and [`Mapped::LongGateUp`] of the weight.
-///
-/// # Errors
-/// As for [`wgmma_parts()`].
-pub fn wgmma_long_gate_up(
-    device: &Device,
-    block: BlockOutputs,
-    maps: &TensorMaps,
-    x: &Slice<'_, bf16>,
-    rows: Range<usize>,
-    weight: &Weight,
-    out: &mut SliceMut<'_, bf16>,
-) -> Result<(), DeviceError> {
-    const NAME: &str = "wgmma_long_gate_up";
-    let (width, ffn) = (weight.k(), weight.n() / 2);
-    let all = self::rows(NAME, device, x, width, 1)?;
-    let pairs = rows.len().div_ceil(long::CLUSTER * long::TOKENS);
-    let clusters = device.multiprocessors() / long::CLUSTER;
-    let chosen = long_layout(NAME, block, pairs, ffn, clusters)?;
-    let layout = LONG_GATE_UP[chosen];
-    let shaped = weight.n() == 2 * ffn
-        && ffn.is_multiple_of(layout.woven())
-        && rows.start < rows.end
-        && rows.end <= all
-        && out.len() == rows.len() * ffn;
-    expect(shaped, NAME, || {
-        format!(
-            "rows {rows:?} of {all}, weight {} x {width}, F a multiple of {}, out of {}",
-            weight.n(),
-            layout.woven(),
-            out.len()
-        )
-    })?;
-    let kernel = match chosen {
-        0 => long::wgmma_long_gate_up_160::launch,
-        _ => long::wgmma_long_gate_up_256::launch,
-    };
-    let x_map = maps.find(NAME, Key { address: x.address(), width, boxes: Boxes::Rows(long::TOKENS) }, all)?;
-    let weight_map = maps.weight(NAME, weight, Boxes::Woven(layout.width))?;
-    let clusters = (pairs * ffn.div_ceil(layout.width)).min(clusters).max(1);
-    let grid = Grid {
-        blocks: [size(NAME, clusters * long::CLUSTER)?, 1, 1],
-        dynamic_shared_bytes: size(NAME, layout.ring_bytes())?,
-    };
-    let (first, tokens) = (size(NAME, rows.start)?, size(NAME, rows.len())?);
-    let (ffn, width) = (size(NAME, ffn)?, size(NAME, width)?);
-    device.launch(kernel(&x_map, &weight_map, out, first, tokens, ffn, width), grid)
-}
-
 /// The head of `x` \[M, K\]: `logits` \[M, V\] where given, and the token that [`argmax`](super::argmax) would choose of each row
-/// in `ids` \[M\]. `best` has [`wgmma_best_len`] elements or more. `maps` has [`Mapped::LogitsInput`] and [`Mapped::Logits`] of them.
+/// in `ids` \[M\]. `best` has [`wgmma_best_len`] elements or more. `maps` has [`Mapped::LogitsInput`](super::Mapped::LogitsInput) and [`Mapped::Logits`](super::Mapped::Logits) of them.
 ///
 /// # Errors
 /// As for [`wgmma_parts()`].
@@ -574,23 +285,4 @@ pub fn wgmma_logits(
     let (columns, vocab, width) = (size(NAME, tokens)?, size(NAME, vocab)?, size(NAME, width)?);
     device.launch(kernel(&x_map, &weight_map, logits, &mut best, columns, vocab, width), grid)?;
     device.launch(few_logits::few_argmax::launch(&best.as_slice(), ids, columns), Grid::new_1d(columns))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// What was faster on an H100, of whose multiprocessors 66 clusters take tiles, with a feed-forward width of 4864.
-    #[test]
-    fn narrow_tiles_are_taken_where_they_save_a_round() {
-        let of = |rows: usize, block| {
-            let pairs = rows.div_ceil(long::CLUSTER * long::TOKENS);
-            long_layout("test", block, pairs, 4864, 66).map(|chosen| 2 * LONG_GATE_UP[chosen].width)
-        };
-        assert_eq!([257, 512].map(|rows| of(rows, BlockOutputs::Chosen).unwrap()), [160; 2]);
-        assert_eq!([1024, 2048, 3072, 4096].map(|rows| of(rows, BlockOutputs::Chosen).unwrap()), [256; 4]);
-        assert_eq!([160, 256].map(|outputs| of(1024, BlockOutputs::Of(outputs)).unwrap()), [160, 256]);
-        assert!(of(1024, BlockOutputs::Of(128)).is_err());
-        assert!(LONG_GATE_UP.into_iter().all(|layout| layout.ring_bytes() <= 232_448), "an H100's shared memory");
-    }
 }
