@@ -25,7 +25,7 @@
 //! a phase early asks for one word only.
 //!
 //! There are two kernels. In the one for short contexts a block computes and merges all spans of a KV head. In that for long ones
-//! ([`spans`]) all blocks share the spans, which is one more hand-off: at 65 to 128 tokens it is 3 % slower, at 257 15 % faster, and a
+//! (`decode_step::spans`) all blocks share the spans, which is one more hand-off: at 65 to 128 tokens it is 3 % slower, at 257 15 % faster, and a
 //! span more costs each block next to nothing until there are more than blocks.
 //!
 //! A word is overwritten a layer later. By then nobody reads it: what is written depends on values of every block that
