@@ -1,6 +1,7 @@
 //! The GPU's bits against the CPU's, for every kernel without tensor cores.
 
 use std::collections::BTreeMap;
+use std::sync::Mutex;
 
 use crate::rig::{Record, Rig};
 
@@ -80,10 +81,10 @@ struct Covered {
 
 /// What the records cover, tensor-core kernels and those of a GPU alone left out. Panics when a kernel is missing.
 #[track_caller]
-fn coverage(rig: &Rig) -> BTreeMap<&'static str, Covered> {
+fn coverage(records: &[Record]) -> BTreeMap<&'static str, Covered> {
     let names = kernels_gpu::KERNELS.iter().map(|kernel| kernel.name);
     let mut covered: BTreeMap<_, _> = names.map(|name| (name, Covered::default())).collect();
-    for record in &rig.records {
+    for record in records {
         let entry = covered.get_mut(record.kernel).unwrap();
         entry.cases += 1;
         entry.values += record.bits.len();
@@ -102,43 +103,70 @@ fn cases_cover_every_kernel() {
     for (_, body) in super::BODIES {
         body(&mut rig);
     }
-    coverage(&rig);
+    coverage(&rig.records);
+}
+
+/// What differs between the records of a body's cases on a CPU and on a GPU.
+fn differences(body: &str, cpu: &[Record], gpu: &[Record]) -> Vec<String> {
+    // Kernels with tensor cores run other cases on a GPU, and some run nowhere else.
+    let exact = |record: &&Record| !TENSOR_CORES.contains(&record.kernel) && !GPU_ONLY.contains(&record.kernel);
+    let on_cpu: Vec<_> = cpu.iter().filter(exact).collect();
+    let on_gpu: Vec<_> = gpu.iter().filter(exact).collect();
+    assert_eq!(on_cpu.len(), on_gpu.len(), "{body}: the devices ran other cases");
+    let mut faults = Vec::new();
+    for (case, (a, b)) in on_cpu.iter().zip(&on_gpu).enumerate() {
+        assert_eq!((a.kernel, a.bits.len()), (b.kernel, b.bits.len()), "{body}: the devices ran other cases");
+        let places: Vec<usize> = (0..a.bits.len()).filter(|&index| a.bits[index] != b.bits[index]).collect();
+        if let Some(&first) = places.first() {
+            faults.push(format!(
+                "{} (case {case} of {body}): {} of {} values differ, the first at {first}: CPU {:#x}, GPU {:#x}",
+                a.kernel,
+                places.len(),
+                a.bits.len(),
+                a.bits[first],
+                b.bits[first]
+            ));
+        }
+    }
+    faults
+}
+
+#[test]
+fn a_bit_that_differs_is_named() {
+    let record = |bits: [u32; 3]| Record { kernel: "argmax", bits: bits.to_vec() };
+    assert!(differences("body", &[record([1, 2, 3])], &[record([1, 2, 3])]).is_empty());
+    let [fault] = &differences("body", &[record([1, 2, 3])], &[record([1, 6, 3])])[..] else { panic!("one fault") };
+    assert!(
+        fault.contains("argmax (case 0 of body): 1 of 3 values differ, the first at 1: CPU 0x2, GPU 0x6"),
+        "{fault}"
+    );
 }
 
 #[test]
 #[ignore = "needs a GPU"]
 fn the_gpu_gives_the_bits_of_the_cpu() {
-    let (mut cpu, mut gpu) = (Rig::fast(), Rig::cuda());
-    let mut faults = Vec::new();
-    for (name, body) in super::BODIES {
-        let from = [cpu.records.len(), gpu.records.len()];
-        body(&mut cpu);
-        body(&mut gpu);
-        // Kernels with tensor cores run other cases on a GPU, and some run nowhere else.
-        let exact = |record: &&Record| !TENSOR_CORES.contains(&record.kernel) && !GPU_ONLY.contains(&record.kernel);
-        let on_cpu: Vec<_> = cpu.records[from[0]..].iter().filter(exact).collect();
-        let on_gpu: Vec<_> = gpu.records[from[1]..].iter().filter(exact).collect();
-        assert_eq!(on_cpu.len(), on_gpu.len(), "{name}: the devices ran other cases");
-        for (case, (a, b)) in on_cpu.iter().zip(&on_gpu).enumerate() {
-            assert_eq!((a.kernel, a.bits.len()), (b.kernel, b.bits.len()), "{name}: the devices ran other cases");
-            let differing = (0..a.bits.len()).filter(|&index| a.bits[index] != b.bits[index]);
-            let places: Vec<usize> = differing.collect();
-            if let Some(&first) = places.first() {
-                faults.push(format!(
-                    "{} (case {} of {name}): {} of {} values differ, the first at {first}: CPU {:#x}, GPU {:#x}",
-                    a.kernel,
-                    case,
-                    places.len(),
-                    a.bits.len(),
-                    a.bits[first],
-                    b.bits[first]
-                ));
-            }
+    // Most of the time is the CPU's, and few bodies keep all of its cores busy.
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let (left, records, faults) =
+        (Mutex::new(super::BODIES.iter().rev()), Mutex::new(Vec::new()), Mutex::new(Vec::new()));
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                let next = || left.lock().unwrap().next();
+                while let Some((name, body)) = next() {
+                    let (mut cpu, mut gpu) = (Rig::fast(), Rig::cuda());
+                    body(&mut cpu);
+                    body(&mut gpu);
+                    faults.lock().unwrap().extend(differences(name, &cpu.records, &gpu.records));
+                    records.lock().unwrap().append(&mut cpu.records);
+                }
+            });
         }
-    }
+    });
     println!("{:<18} {:>6} {:>10}", "kernel", "cases", "values");
-    for (name, entry) in coverage(&cpu) {
+    for (name, entry) in coverage(&records.into_inner().unwrap()) {
         println!("{name:<18} {:>6} {:>10}", entry.cases, entry.values);
     }
+    let faults = faults.into_inner().unwrap();
     assert!(faults.is_empty(), "bits differ:\n{}", faults.join("\n"));
 }
