@@ -14,8 +14,8 @@ use cuda_std::Element;
 use half::bf16;
 use host::device::{Buffer, CpuOptions, Device, DeviceError, KernelImage, KernelImages, MemoryKind, contract};
 use host::ops::{
-    self, BlockOutputs, BlockTokens, DecodeBlocks, DecodeScratch, FEW, HeadShape, Mapped, Norm, PAGE, Pages, PagesMut,
-    Pairing, Places, PrefillTiles, QkvBlocks, RowParameters, SampleParams, Segment, TensorMaps,
+    self, BlockHeads, BlockOutputs, BlockTokens, DecodeBlocks, DecodeScratch, FEW, HeadShape, Mapped, Norm, PAGE,
+    Pages, PagesMut, Pairing, Places, PrefillTiles, QkvBlocks, RowParameters, SampleParams, Segment, TensorMaps,
 };
 use host::testing::TestRng;
 
@@ -641,6 +641,45 @@ fn prefill(rig: &mut Rig<'_>, inputs: &mut Inputs<'_>, shape: &Shape) {
             ops::wgmma_long_gate_up(device, BlockOutputs::Chosen, &maps, &x, 0..prompt, &weight, out)
         });
         rig.time("wgmma_long_gate_up", prompt, Throughput::Elements(flops as u64), run);
+
+        let (n, k, segments) = (hidden, ffn, contract::segments(hidden, ffn));
+        let (x, weight) = (inputs.halves(prompt * k), inputs.halves(n * k));
+        let weight = rig.device.prepare_weight(weight, n, k, true).unwrap();
+        let mut residual = inputs.floats(prompt * n);
+        let maps = [Mapped::LongResidualInput(x.as_slice(), k), Mapped::LongResidual(&weight)];
+        let maps = TensorMaps::new(rig.device, maps).expect("matrices have tensor maps");
+        let run: Run = Box::new(move |device| {
+            let (x, residual) = (x.as_slice(), &mut residual.as_slice_mut());
+            ops::wgmma_long_residual(device, BlockOutputs::Chosen, &maps, segments, &x, &weight, residual)
+        });
+        let flops = 2 * prompt * n * k;
+        rig.time("wgmma_long_residual", prompt, Throughput::Elements(flops as u64), run);
+    }
+    if ops::wgmma_long_fits(rig.device, heads, hidden, ffn) && ops::wgmma_long_qkv_fits(heads) {
+        let (n, k) = (heads.qkv_width(), hidden);
+        let (x, weight) = (inputs.halves(prompt * k), inputs.halves(n * k));
+        let weight = rig.device.prepare_weight(weight, n, k, true).unwrap();
+        let (bias, table) = (inputs.halves(n), inputs.floats(prompt * heads.width));
+        let (mut keys, mut values, page_tables, _) = pages(inputs, heads, 1, prompt);
+        let positions = inputs.holding(&(0..prompt as u32).collect::<Vec<_>>());
+        let row_tables = inputs.same(prompt, 0_u32);
+        let mut queries = inputs.floats(prompt * n);
+        let maps = [Mapped::LongQkvInput(x.as_slice(), k), Mapped::LongQkv(&weight)];
+        let maps = TensorMaps::new(rig.device, maps).expect("matrices have tensor maps");
+        let run: Run = Box::new(move |device| {
+            let places = Places {
+                positions: positions.as_slice(),
+                row_tables: row_tables.as_slice(),
+                page_tables: page_tables.as_slice(),
+            };
+            let mut pages = PagesMut { keys: keys.as_slice_mut(), values: values.as_slice_mut() };
+            let (x, bias, table, queries) =
+                (x.as_slice(), bias.as_slice(), table.as_slice(), &mut queries.as_slice_mut());
+            let (block, pages) = (BlockHeads::Chosen, &mut pages);
+            ops::wgmma_long_qkv(device, block, &maps, &x, &weight, &bias, &table, places, queries, pages, heads)
+        });
+        let flops = 2 * prompt * n * k;
+        rig.time("wgmma_long_qkv", prompt, Throughput::Elements(flops as u64), run);
     }
 }
 

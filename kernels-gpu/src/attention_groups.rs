@@ -6,7 +6,7 @@
 
 use cuda_std::bulk::Barriers;
 use cuda_std::prelude::*;
-use cuda_std::tensor_copy::copy_rows;
+use cuda_std::tensor_copy::{copy_rows, prefetch_map};
 use cuda_std::{shared, wgmma};
 
 use crate::attention::{
@@ -54,7 +54,7 @@ fn attention<const GROUPS: usize, const ASKS: bool>(
     ratio: u32,
     factor: f32,
 ) {
-    const { assert!(GROUPS <= 2 && SLOTS > AHEAD as usize) };
+    const { assert!(GROUPS <= 2 && SLOTS > AHEAD as usize && AHEAD == 2) };
     let memory: Shared<bf16> = shared::dynamic(0, SLOTS * SLOT);
     // The first ones say that a slot is full, the others that no warp reads it any more.
     let barriers = Barriers::new(shared::dynamic(SLOTS * SLOT * 2, 2 * SLOTS));
@@ -68,8 +68,8 @@ fn attention<const GROUPS: usize, const ASKS: bool>(
         Barriers::publish();
     }
     thread::sync_threads();
-    thread::wait_for_predecessors();
 
+    // What a step's indices say is known before the kernels ahead have ended.
     let entry = thread::block_idx_y() as usize * TILE_FIELDS;
     let (first_row, rows) = (tiles.get(entry), tiles.get(entry + 1));
     let (first_position, table) = (tiles.get(entry + 2), tiles.get(entry + 3));
@@ -105,7 +105,10 @@ fn attention<const GROUPS: usize, const ASKS: bool>(
     if ASKS {
         if thread::warp_id() as usize == GROUPS * 4 {
             if thread::lane_id() == 0 {
+                prefetch_map(&key_map);
+                prefetch_map(&value_map);
                 next_page = page(0);
+                thread::wait_for_predecessors();
                 for span in 0..spans {
                     let this_page = next_page;
                     next_page = page(span + 1);
@@ -115,31 +118,45 @@ fn attention<const GROUPS: usize, const ASKS: bool>(
                     fetch(span, this_page);
                 }
             }
-            // Who asked does not wait for what comes: all of it is waited for by others before they end.
+            // Who asked does not wait for what comes: all of it is waited for by others before they end, as are the kernels ahead.
             return;
         }
+        thread::wait_for_predecessors();
     } else if thread == 0 {
+        prefetch_map(&key_map);
+        prefetch_map(&value_map);
+        let first = [0, 1].map(page);
+        next_page = page(AHEAD);
+        thread::wait_for_predecessors();
         for span in 0..AHEAD {
             if span < spans {
-                fetch(span, page(span));
+                fetch(span, first[span as usize]);
             }
         }
-        next_page = page(AHEAD);
+    } else {
+        thread::wait_for_predecessors();
     }
     warp::sync_warp();
 
     // The queries, as operands. Rows that are not there are zeros.
-    let mut query = [[0u32; 4]; WIDTH / 16];
+    let mut loaded = [[[0.0f32; 2]; WIDTH / 8]; 2];
     for half in 0..2 {
         let row = warp_row + g + half as u32 * 8;
         if row < rows {
-            let from = (first_row + row) as usize * q_stride as usize + (head * WIDTH as u32 + t * 2) as usize;
-            for s in 0..WIDTH / 16 {
-                let [low, high] = q.load::<2>(from + s * 16);
-                query[s][half] = bf16_pair(low, high);
-                let [low, high] = q.load::<2>(from + s * 16 + 8);
-                query[s][2 + half] = bf16_pair(low, high);
+            let from = (first_row + row) as usize * q_stride as usize + (head * WIDTH as u32) as usize;
+            q.check(from, WIDTH);
+            for n in 0..WIDTH / 8 {
+                // SAFETY: inside the head (checked above, once, so that no load waits for another); two of its elements, whose
+                // number is a multiple of 2.
+                loaded[half][n] = unsafe { q.load_unchecked(from + n * 8 + t as usize * 2) };
             }
+        }
+    }
+    let mut query = [[0u32; 4]; WIDTH / 16];
+    for half in 0..2 {
+        for s in 0..WIDTH / 16 {
+            let pair = |n: usize| bf16_pair(loaded[half][n][0], loaded[half][n][1]);
+            (query[s][half], query[s][2 + half]) = (pair(s * 2), pair(s * 2 + 1));
         }
     }
 
@@ -226,10 +243,11 @@ fn attention<const GROUPS: usize, const ASKS: bool>(
             let inverse = 1.0 / merged[half].sum;
             let part = ((first_row + row) * heads + head) as usize;
             for n in 0..WIDTH / 8 {
-                out.store(
-                    part * WIDTH + n * 8 + t as usize * 2,
-                    [half * 2, half * 2 + 1].map(|element| f32_to_bf16(sums[n][element] * inverse)),
-                );
+                // In pairs: a conversion of one takes as long as a division.
+                let [low, high] = [half * 2, half * 2 + 1].map(|element| sums[n][element] * inverse);
+                let pair = bf16_pair(low, high);
+                let values = [pair as u16, (pair >> 16) as u16].map(bf16::from_bits);
+                out.store(part * WIDTH + n * 8 + t as usize * 2, values);
             }
         }
     }
@@ -245,7 +263,7 @@ macro_rules! attention_kernel {
         /// - grid (H, tiles), the longest contexts first; a warpgroup takes 64 rows.
         /// - bytes: 4 D per token of context, query head and tile.
         /// - the caller: D = 64; a tile has at most 64 rows per warpgroup of the block; `ratio` = H / G; [`shared_bytes`] of dynamic
-        ///   shared memory; an `sm_90a` image.
+        ///   shared memory; an `sm_90a` image. Maps, `page_tables` and `tiles` are read before the kernels ahead have ended.
         #[kernel(block = $threads, min_blocks = $min_blocks)]
         pub fn $name(
             q: In<f32>,

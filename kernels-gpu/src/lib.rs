@@ -12,7 +12,7 @@
 //! | `linear` | linear layers: the tensor-core chain, and a plain one |
 //! | `rotary_kv_write` | between the QKV layer and attention; `bias_add`, `rotary`, `kv_write` define it |
 //! | `attention` | the definition; `attention_prefill`, `attention_groups` (on Hopper), `attention_decode` and `attention_decode_short` meet it |
-//! | `residual_add`, `silu_mul` | around the feed-forward layers |
+//! | `residual_add`, `silu_mul` (`silu_table`: fast on Hopper) | around the feed-forward layers |
 //! | `gather_rows` | the rows whose logits are needed |
 //! | `copy_words` | few words: a step's indices, chosen tokens |
 //! | `penalties`, `argmax`, `sample`, `log_probs` | from logits to a token (`rank`, `distance`, `row_parameters`, `philox`, `quads`: their parts) |
@@ -21,7 +21,7 @@
 //! | `decode_step` | a whole step of one token in one kernel (`weight_ring`: its weights) |
 //! | `tiles` | the linear layers of many tokens, with what stands behind them: `tile_qkv`, `tile_parts`, `tile_gate_up`, `tile_logits` |
 //! | `warpgroup_tiles` | the same on Hopper, from more rows on: `wgmma_qkv`, `wgmma_parts`, `wgmma_gate_up`, `wgmma_logits` |
-//! | `wgmma_long_gate_up` | the same for prefills |
+//! | `wgmma_long_qkv`, `wgmma_long_gate_up`, `wgmma_long_residual` | the same for prefills |
 //! | `differing` | bit comparison, for the self-test |
 #![cfg_attr(target_arch = "nvptx64", no_std)]
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch))]
@@ -66,6 +66,7 @@ pub mod rotary_kv_write;
 pub mod row_parameters;
 pub mod sample;
 pub mod silu_mul;
+mod silu_table;
 pub mod tile_gate_up;
 pub mod tile_logits;
 pub mod tile_parts;
@@ -76,6 +77,8 @@ pub mod weight_ring;
 pub mod wgmma_gate_up;
 pub mod wgmma_logits;
 pub mod wgmma_long_gate_up;
+pub mod wgmma_long_qkv;
+pub mod wgmma_long_residual;
 pub mod wgmma_parts;
 pub mod wgmma_qkv;
 
@@ -161,6 +164,10 @@ pub const KERNELS: &[&cuda_std::launch::KernelDesc] = &[
     wgmma_logits::wgmma_logits_256::KERNEL,
     wgmma_long_gate_up::wgmma_long_gate_up_160::KERNEL,
     wgmma_long_gate_up::wgmma_long_gate_up_256::KERNEL,
+    wgmma_long_qkv::wgmma_long_qkv_1::KERNEL,
+    wgmma_long_qkv::wgmma_long_qkv_3::KERNEL,
+    wgmma_long_residual::wgmma_long_residual_112::KERNEL,
+    wgmma_long_residual::wgmma_long_residual_224::KERNEL,
     wgmma_parts::wgmma_parts_64::KERNEL,
     wgmma_parts::wgmma_parts_128::KERNEL,
     wgmma_parts::wgmma_parts_256::KERNEL,

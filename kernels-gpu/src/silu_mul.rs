@@ -9,11 +9,14 @@ pub(crate) fn gated(gate: bf16, up: bf16) -> f32 {
     gate / (1.0 + math::exp(-gate)) * bf16_to_f32(up)
 }
 
-/// Whether [`gated_ordinary`] takes this gate: a magnitude from 2^-20 to 40.
+/// The least magnitude of an ordinary gate, 2^-20.
+pub(crate) const LEAST: u16 = 0x3580;
+/// The greatest one, 40.
+pub(crate) const MOST: u16 = 0x4220;
+
+/// Whether [`gated_ordinary`] takes this gate.
 #[inline(always)]
 pub(crate) fn is_ordinary(gate: bf16) -> bool {
-    const LEAST: u16 = 0x3580;
-    const MOST: u16 = 0x4220;
     (gate.to_bits() & 0x7fff).wrapping_sub(LEAST) <= MOST - LEAST
 }
 
@@ -21,9 +24,15 @@ pub(crate) fn is_ordinary(gate: bf16) -> bool {
 /// computes many at once.
 #[inline(always)]
 pub(crate) fn gated_ordinary(gate: bf16, up: bf16) -> f32 {
+    silu_ordinary(gate) * bf16_to_f32(up)
+}
+
+/// silu(g) of a gate that [`is_ordinary`].
+#[inline(always)]
+pub(crate) fn silu_ordinary(gate: bf16) -> f32 {
     let gate = bf16_to_f32(gate);
     let divisor = 1.0 + math::exp_within(-gate);
-    divided(gate, divisor, math::reciprocal_approx(divisor)) * bf16_to_f32(up)
+    divided(gate, divisor, math::reciprocal_approx(divisor))
 }
 
 /// a / b, where `reciprocal` is close to 1 / b: a Newton step, then the quotient and its correction by what it leaves (Markstein

@@ -12,7 +12,8 @@ use cuda_std::shared;
 use cuda_std::tensor_copy::{cluster_rank, copy_rows, copy_woven, sync_cluster};
 use cuda_std::wgmma::{DEPTH as STAGE, Operand, Place, ROWS, Ring, Sums};
 
-use crate::silu_mul::{gated, gated_ordinary, is_ordinary};
+use crate::silu_mul::{gated, is_ordinary};
+use crate::silu_table;
 
 /// Warpgroups that multiply: each has 64 tokens.
 const GROUPS: usize = 2;
@@ -47,31 +48,31 @@ impl Layout {
 
     /// Bytes of dynamic shared memory of a block.
     #[must_use]
-    pub const fn ring_bytes(self) -> usize {
-        self.slots * (self.slot() * 2 + 16)
+    pub const fn shared_bytes(self) -> usize {
+        self.slots * (self.slot() * 2 + 16) + silu_table::LEN * size_of::<f32>()
     }
 }
 
 /// The layout of [`wgmma_long_gate_up_160()`].
-pub const OUTPUTS_160: Layout = Layout { width: 80, neighbours: 4, slots: 6 };
+pub const OUTPUTS_160: Layout = Layout { width: 80, neighbours: 4, slots: 5 };
 /// The layout of [`wgmma_long_gate_up_256()`].
 pub const OUTPUTS_256: Layout = Layout { width: 128, neighbours: 8, slots: 4 };
 
 /// Activations of pairs of gates and their ups, at once and without a branch, or each would wait for the one before it. Gates that
-/// this does not suit, hardly ever any, are computed again. (In pairs, because a conversion of one takes as long as a division.)
+/// the table does not have, hardly ever any, are computed.
 #[inline(always)]
-fn activated<const N: usize>(gates: [u32; N], ups: [u32; N]) -> [u32; N] {
+fn activated<const N: usize>(table: &Shared<f32>, gates: [u32; N], ups: [u32; N]) -> [u32; N] {
     let split = |pair: u32| [bf16::from_bits(pair as u16), bf16::from_bits((pair >> 16) as u16)];
     let mut values = [[0.0f32; 2]; N];
-    let mut all_ordinary = true;
+    let mut last = 0;
     for n in 0..N {
-        let (gates, ups) = (split(gates[n]), split(ups[n]));
+        let (places, ups) = (silu_table::places(gates[n]), split(ups[n]));
         for i in 0..2 {
-            values[n][i] = gated_ordinary(gates[i], ups[i]);
-            all_ordinary &= is_ordinary(gates[i]);
+            values[n][i] = table.get(places[i] as usize) * bf16_to_f32(ups[i]);
+            last = if places[i] > last { places[i] } else { last };
         }
     }
-    if !all_ordinary {
+    if last == silu_table::NONE {
         for n in 0..N {
             let (gates, ups) = (split(gates[n]), split(ups[n]));
             for i in 0..2 {
@@ -103,6 +104,7 @@ fn long_gate_up<const WIDTH: usize, const NEIGHBOURS: usize, const SLOTS: usize>
     thread::allow_successor();
     let ring: Shared<bf16> = shared::dynamic(0, SLOTS * slot_elements);
     let barriers = Barriers::new(shared::dynamic(SLOTS * slot_elements * 2, 2 * SLOTS));
+    let table: Shared<f32> = shared::dynamic(SLOTS * (slot_elements * 2 + 16), silu_table::LEN);
     let (warp, lane) = (thread::warp_id() as usize, thread::lane_id());
     // The first ones say that a slot is full, the others that nobody in the cluster reads it any more.
     if thread::thread_idx_x() == 0 {
@@ -166,6 +168,9 @@ fn long_gate_up<const WIDTH: usize, const NEIGHBOURS: usize, const SLOTS: usize>
             }
         }
     } else {
+        // While the first stages are on their way.
+        silu_table::fill(&table, thread::thread_idx_x() as usize, GROUPS * 128);
+        thread::sync_some::<1, { GROUPS as u32 * 128 }>();
         thread::wait_for_predecessors();
         let stages_of_both = Ring {
             a: Operand::new(&ring, warp / 4 * ROWS * STAGE),
@@ -198,7 +203,7 @@ fn long_gate_up<const WIDTH: usize, const NEIGHBOURS: usize, const SLOTS: usize>
                     let mut values = [bf16::ZERO; NEIGHBOURS];
                     for two in 0..NEIGHBOURS / 4 {
                         let [first, second] = [pair(two * 2), pair(two * 2 + 1)];
-                        let words = activated([first.0, second.0], [first.1, second.1]);
+                        let words = activated(&table, [first.0, second.0], [first.1, second.1]);
                         for n in 0..4 {
                             values[two * 4 + n] = bf16::from_bits((words[n / 2] >> (n % 2 * 16)) as u16);
                         }
@@ -224,7 +229,7 @@ macro_rules! long_gate_up_kernel {
         ///   boxes of the layout's width of rows and 64 of k; `out`: bf16 \[M, F\].
         /// - grid: any number of clusters of 2, which share the tiles out.
         /// - bytes: 4 F K + 2 M (K + F), with weights once per 256 tokens and tokens once per tile of the width.
-        /// - the caller: K is a multiple of 64, F of 4 n; [`Layout::ring_bytes`] of dynamic shared memory; an `sm_90a` image. The
+        /// - the caller: K is a multiple of 64, F of 4 n; [`Layout::shared_bytes`] of dynamic shared memory; an `sm_90a` image. The
         ///   weight is read before the kernels ahead have ended.
         #[kernel(block = 288, min_blocks = 1, cluster = 2)]
         pub fn $name(

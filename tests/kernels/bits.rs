@@ -50,7 +50,7 @@ const TENSOR_CORES: [&str; 39] = [
 
 /// Kernels whose blocks wait for each other or for the copy engine, which the executor does not do. `decode_step` and `tiles` compare
 /// them with the separate operations on a GPU, and so does the self-test, on every model of the GPU tests.
-const GPU_ONLY: [&str; 19] = [
+const GPU_ONLY: [&str; 23] = [
     "attention_groups_64",
     "attention_groups_short_64",
     "decode_step_32",
@@ -65,6 +65,10 @@ const GPU_ONLY: [&str; 19] = [
     "wgmma_logits_256",
     "wgmma_long_gate_up_160",
     "wgmma_long_gate_up_256",
+    "wgmma_long_qkv_1",
+    "wgmma_long_qkv_3",
+    "wgmma_long_residual_112",
+    "wgmma_long_residual_224",
     "wgmma_parts_64",
     "wgmma_parts_128",
     "wgmma_parts_256",

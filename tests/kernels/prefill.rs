@@ -5,7 +5,7 @@ use std::time::Instant;
 use half::bf16;
 use host::device::{Device, LINEAR_RUNGS, LinearOutput, MemoryKind, Recording, SliceMut, Weight, contract};
 use host::ops::{
-    self, BlockOutputs, HeadShape, Mapped, PAGE, Pages, PagesMut, Places, PrefillTiles, Segment, TensorMaps,
+    self, BlockHeads, BlockOutputs, HeadShape, Mapped, PAGE, Pages, PagesMut, Places, PrefillTiles, Segment, TensorMaps,
 };
 use host::testing::TestRng;
 
@@ -91,6 +91,12 @@ enum Piece {
     /// Both at once, by warpgroups in blocks of so many outputs.
     LongGateUp(usize),
     Down,
+    /// The same, added to the residual stream, by warpgroups in blocks of so many outputs.
+    LongResidual(usize),
+    /// What stands behind that.
+    RmsNorm,
+    /// Queries, keys and values with what stands behind them, by warpgroups in blocks of so many heads.
+    LongQkv(usize),
 }
 
 impl Values {
@@ -130,10 +136,14 @@ impl Values {
         }
         let values = [
             Mapped::LongGateUpInput(self.normed.view(), HIDDEN),
+            Mapped::LongQkvInput(self.normed.view(), HIDDEN),
+            Mapped::LongResidualInput(self.gated.view(), FFN),
             Mapped::Pages(self.keys.view()),
             Mapped::Pages(self.values.view()),
         ];
-        let all = values.into_iter().chain(weights.gate_up.iter().map(Mapped::LongGateUp));
+        let down = weights.down.iter().map(Mapped::LongResidual);
+        let qkv = weights.qkv.iter().map(Mapped::LongQkv);
+        let all = values.into_iter().chain(weights.gate_up.iter().map(Mapped::LongGateUp)).chain(down).chain(qkv);
         let maps = Some(TensorMaps::new(device, all).unwrap());
         Self { maps, ..self }
     }
@@ -196,6 +206,26 @@ impl Values {
             Piece::Down => {
                 let mut parts = self.parts.view_mut();
                 ops::linear_to_residual(device, &self.gated.view(), &weights.down[layer], &mut parts).unwrap();
+            }
+            Piece::LongResidual(outputs) => {
+                let Some(maps) = &self.maps else { return };
+                let (x, mut residual) = (self.gated.view(), self.residual.view_mut());
+                let (block, weight) = (BlockOutputs::Of(outputs), &weights.down[layer]);
+                ops::wgmma_long_residual(device, block, maps, DOWN_SEGMENTS, &x, weight, &mut residual).unwrap();
+            }
+            Piece::LongQkv(of) => {
+                let Some(maps) = &self.maps else { return };
+                let mut pages = PagesMut { keys: self.keys.view_mut(), values: self.values.view_mut() };
+                let (bias, table, block) = (self.bias.view(), self.table.view(), BlockHeads::Of(of));
+                let (x, weight, mut qkv) = (self.normed.view(), &weights.qkv[layer], self.qkv.view_mut());
+                ops::wgmma_long_qkv(
+                    device, block, maps, &x, weight, &bias, &table, places, &mut qkv, &mut pages, HEADS,
+                )
+                .unwrap();
+            }
+            Piece::RmsNorm => {
+                let (residual, gain) = (self.residual.view(), self.gain.view());
+                ops::rms_norm(device, &residual, &gain, &mut self.normed.view_mut(), EPS).unwrap();
             }
             Piece::FeedForward(most) => {
                 for start in (0..self.rows).step_by(most) {
@@ -352,9 +382,21 @@ fn speed_of_warpgroups() {
     for rows in [128, 256, 384, 512, 768, 1024, 1536, 2048, 4096] {
         let mut values = Values::new(&rig, rows).mapped(&device, &weights);
         // None of these changes what another one reads.
-        for piece in [Piece::GroupAttention, Piece::LongGateUp(160), Piece::LongGateUp(256)] {
-            let what = format!("{rows} rows, {piece:?}");
-            measure(&device, &what, &mut || values.layers(&device, &weights, &[piece]));
+        let pieces = [
+            &[Piece::GroupAttention][..],
+            &[Piece::Qkv, Piece::RotaryKvWrite],
+            &[Piece::LongQkv(1)],
+            &[Piece::LongQkv(3)],
+            &[Piece::LongGateUp(160)],
+            &[Piece::LongGateUp(256)],
+            &[Piece::LongResidual(112), Piece::RmsNorm],
+            &[Piece::LongResidual(224), Piece::RmsNorm],
+            &[Piece::LongResidual(224)],
+            &[Piece::Down, Piece::ResidualNorm],
+        ];
+        for pieces in pieces {
+            let what = format!("{rows} rows, {pieces:?}");
+            measure(&device, &what, &mut || values.layers(&device, &weights, pieces));
         }
     }
 }

@@ -4,7 +4,9 @@
 
 use half::bf16;
 use host::device::{MemoryKind, Weight};
-use host::ops::{self, BlockOutputs, BlockTokens, HeadShape, Mapped, PAGE, PagesMut, Places, QkvBlocks, TensorMaps};
+use host::ops::{
+    self, BlockHeads, BlockOutputs, BlockTokens, HeadShape, Mapped, PAGE, PagesMut, Places, QkvBlocks, TensorMaps,
+};
 use host::testing::TestRng;
 
 use crate::compare::assert_same;
@@ -160,6 +162,14 @@ pub(crate) fn qkv(rig: &mut Rig) {
             assert_same(&rig.read(name, &new_keys), &keys, &what);
             assert_same(&rig.read(name, &new_values), &values, &what);
         }
+        if !warpgroup_blocks(rig).is_empty() && ops::wgmma_long_qkv_fits(heads) {
+            let (queries, keys, values) = (&expected[..], &keys[..], &values[..]);
+            let (x, layer, bias, table) = (&x, &layer, &bias, &table);
+            let (positions, empty) = (&positions[..], &empty[..]);
+            let expected =
+                Qkv { tokens, hidden, heads, x, layer, bias, table, positions, places, empty, queries, keys, values };
+            long_qkv(rig, &expected);
+        }
         let at_once = [(QkvBlocks::One, "wgmma_qkv"), (QkvBlocks::Two, "wgmma_qkv_paired")];
         let count = if warpgroup_blocks(rig).is_empty() { 0 } else { at_once.len() };
         for (at_once, name) in at_once.into_iter().take(count) {
@@ -196,6 +206,63 @@ pub(crate) fn qkv(rig: &mut Rig) {
             assert_same(&rig.read(name, &new_keys), &keys, &what);
             assert_same(&rig.read(name, &new_values), &values, &what);
         }
+    }
+}
+
+/// What [`qkv`] compares.
+struct Qkv<'a> {
+    tokens: usize,
+    hidden: usize,
+    heads: HeadShape,
+    x: &'a Guarded<bf16>,
+    layer: &'a Weight,
+    bias: &'a Guarded<bf16>,
+    table: &'a Guarded<f32>,
+    positions: &'a [u32],
+    places: Places<'a>,
+    empty: &'a [bf16],
+    queries: &'a [f32],
+    keys: &'a [bf16],
+    values: &'a [bf16],
+}
+
+/// The same in tiles for many rows.
+fn long_qkv(rig: &mut Rig, expected: &Qkv<'_>) {
+    let &Qkv { tokens, hidden, heads, x, layer, .. } = expected;
+    let (device, width) = (rig.device.clone(), heads.qkv_width());
+    let maps = [Mapped::LongQkvInput(x.view(), hidden), Mapped::LongQkv(layer)];
+    let maps = TensorMaps::new(&device, maps).unwrap();
+    for (block, name) in [(1, "wgmma_long_qkv_1"), (3, "wgmma_long_qkv_3")] {
+        let mut queries = rig.filled(&vec![f32::NAN; tokens * width]);
+        let (mut keys, mut values) = (rig.filled(expected.empty), rig.filled(expected.empty));
+        ops::wgmma_long_qkv(
+            &device,
+            BlockHeads::Of(block),
+            &maps,
+            &x.view(),
+            layer,
+            &expected.bias.view(),
+            &expected.table.view(),
+            expected.places,
+            &mut queries.view_mut(),
+            &mut PagesMut { keys: keys.view_mut(), values: values.view_mut() },
+            heads,
+        )
+        .unwrap();
+        let what = format!("{name}, {tokens} tokens of {hidden}, {heads:?}");
+        let queries = rig.read(name, &queries);
+        for row in 0..tokens {
+            let (found, wanted) = (&queries[row * width..][..width], &expected.queries[row * width..][..width]);
+            let (found, rest) = found.split_at(heads.query_width());
+            if expected.positions[row] == u32::MAX {
+                assert!(found.iter().all(|value| value.is_nan()), "{what}: padding was written");
+            } else {
+                assert_same(found, &wanted[..heads.query_width()], &what);
+            }
+            assert!(rest.iter().all(|value| value.is_nan()), "{what}: keys and values are not left here");
+        }
+        assert_same(&rig.read(name, &keys), expected.keys, &what);
+        assert_same(&rig.read(name, &values), expected.values, &what);
     }
 }
 
@@ -243,6 +310,7 @@ pub(crate) fn parts(rig: &mut Rig) {
             }
         }
     }
+    long_residual(rig);
 }
 
 pub(crate) fn gate_up(rig: &mut Rig) {
@@ -286,6 +354,41 @@ pub(crate) fn gate_up(rig: &mut Rig) {
                 ops::wgmma_long_gate_up(&device, block, &maps, &x, rows.clone(), &layer, &mut out.view_mut()).unwrap();
                 let what = format!("{name}, {rows:?} of {tokens} tokens of {hidden} x {ffn}");
                 assert_same(&rig.read(name, &out), &expected[rows.start * ffn..rows.end * ffn], &what);
+            }
+        }
+    }
+}
+
+/// The sums of such parts, added to the residual stream.
+fn long_residual(rig: &mut Rig) {
+    let device = rig.device.clone();
+    if warpgroup_blocks(rig).is_empty() {
+        return;
+    }
+    // Rows and outputs that end within a tile, and rings longer and shorter than a segment.
+    for (tokens, outputs, part) in [(1, 8, 64), (129, 112, 128), (300, 232, 1216), (700, 896, 192), (1000, 344, 64)] {
+        for segments in [1, 2, 4] {
+            let width = part * segments;
+            let mut rng = TestRng::new(105);
+            let layer = weight(rig, &mut rng, outputs, width);
+            let rows = layer.rows().unwrap();
+            let x = rig.filled(&rng.bf16s(tokens * width));
+            let before = rng.f32s(tokens * outputs);
+            let mut parts = rig.unwritten::<f32>(segments * tokens * outputs);
+            let (x, rows) = (x.view(), rows.as_slice());
+            ops::linear_parts_kernel(&device, &x, &rows, &mut parts.view_mut(), width).unwrap();
+            let mut expected = rig.filled(&before);
+            ops::residual_add(&device, &mut expected.view_mut(), &parts.view()).unwrap();
+            let expected = rig.download(&expected);
+            for outputs_of_block in [112, 224] {
+                let name = if outputs_of_block == 112 { "wgmma_long_residual_112" } else { "wgmma_long_residual_224" };
+                let maps = [Mapped::LongResidualInput(x, width), Mapped::LongResidual(&layer)];
+                let maps = TensorMaps::new(&device, maps).unwrap();
+                let (block, mut residual) = (BlockOutputs::Of(outputs_of_block), rig.filled(&before));
+                ops::wgmma_long_residual(&device, block, &maps, segments, &x, &layer, &mut residual.view_mut())
+                    .unwrap();
+                let what = format!("{name}, {tokens} tokens of {width} x {outputs} in {segments} segments");
+                assert_same(&rig.read(name, &residual), &expected, &what);
             }
         }
     }

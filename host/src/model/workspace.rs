@@ -138,9 +138,21 @@ impl Model {
                 Mapped::Parts(&layer.down),
             ]
         });
-        let long_input = [Mapped::LongGateUpInput(workspace.normed.as_slice(), hidden)];
-        let long_weights = self.parameters.layers.iter().map(|layer| Mapped::LongGateUp(&layer.gate_up));
-        let longs = long_input.into_iter().chain(long_weights).filter(|_| long);
+        let long_inputs = [
+            Mapped::LongQkvInput(workspace.normed.as_slice(), hidden),
+            Mapped::LongGateUpInput(workspace.normed.as_slice(), hidden),
+            Mapped::LongResidualInput(workspace.attended.as_slice(), heads.query_width()),
+            Mapped::LongResidualInput(gated.as_slice(), ffn),
+        ];
+        let long_weights = self.parameters.layers.iter().flat_map(|layer| {
+            [
+                Mapped::LongQkv(&layer.qkv),
+                Mapped::LongResidual(&layer.output),
+                Mapped::LongGateUp(&layer.gate_up),
+                Mapped::LongResidual(&layer.down),
+            ]
+        });
+        let longs = long_inputs.into_iter().chain(long_weights).filter(|_| long);
         TensorMaps::new(self.device(), values.into_iter().chain(weights).chain(longs))
     }
 }

@@ -40,7 +40,10 @@ pub use sampling::{
 pub use tensor_maps::{Mapped, TensorMaps};
 pub use tiles::{BlockTokens, tile_best_len, tile_gate_up, tile_logits, tile_parts, tile_qkv, tiles_fits};
 pub use wgmma::{QkvBlocks, wgmma_best_len, wgmma_fits, wgmma_gate_up, wgmma_logits, wgmma_parts, wgmma_qkv};
-pub use wgmma_long::{BlockOutputs, wgmma_attends, wgmma_long_fits, wgmma_long_gate_up};
+pub use wgmma_long::{
+    BlockHeads, BlockOutputs, wgmma_attends, wgmma_long_fits, wgmma_long_gate_up, wgmma_long_qkv, wgmma_long_qkv_fits,
+    wgmma_long_residual, wgmma_long_residual_pays,
+};
 
 use crate::device::DeviceError;
 

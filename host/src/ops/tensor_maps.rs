@@ -3,12 +3,12 @@
 
 use half::bf16;
 use kernels_gpu::warpgroup_tiles::{Layout, STAGE};
-use kernels_gpu::wgmma_long_gate_up as long;
 use kernels_gpu::wgmma_qkv::QKV;
+use kernels_gpu::{wgmma_long_gate_up as long, wgmma_long_qkv as long_qkv, wgmma_long_residual as residual_tiles};
 
 use super::PAGE;
 use super::wgmma::{GATE_UP, LOGITS, Layouts, PARTS};
-use super::wgmma_long::LONG_GATE_UP;
+use super::wgmma_long::{LONG_GATE_UP, LONG_QKV, LONG_RESIDUAL};
 use crate::device::{Buffer, Device, DeviceError, Dimension, MemoryKind, Slice, TENSOR_MAP_WORDS, Weight};
 
 /// What a tensor map is for.
@@ -22,10 +22,18 @@ pub enum Mapped<'a> {
     GateUpInput(Slice<'a, bf16>, usize),
     /// The weight of it.
     GateUp(&'a Weight),
+    /// The input of [`wgmma_long_qkv()`](super::wgmma_long_qkv), all of it, and K.
+    LongQkvInput(Slice<'a, bf16>, usize),
+    /// The weight of it.
+    LongQkv(&'a Weight),
     /// The input of [`wgmma_long_gate_up()`](super::wgmma_long_gate_up), all of it, and K.
     LongGateUpInput(Slice<'a, bf16>, usize),
     /// The weight of it.
     LongGateUp(&'a Weight),
+    /// The input of [`wgmma_long_residual()`](super::wgmma_long_residual), all of it, and K.
+    LongResidualInput(Slice<'a, bf16>, usize),
+    /// The weight of it.
+    LongResidual(&'a Weight),
     /// The input of [`wgmma_parts()`](super::wgmma_parts) \[M, K\], and K.
     PartsInput(Slice<'a, bf16>, usize),
     /// The weight of it.
@@ -189,7 +197,16 @@ fn encode(device: &Device, matrix: Mapped<'_>) -> Result<Vec<Encoded>, DeviceErr
             let map = device.tensor_map(&rows, &dimensions)?;
             Ok(vec![(Key { address: rows.address(), width, boxes: Boxes::Eights }, weight.n(), map)])
         }
+        Mapped::LongQkvInput(x, width) => in_boxes(&x, width, LONG_QKV.map(long_qkv::Layout::tokens).to_vec()),
+        Mapped::LongQkv(weight) => {
+            in_boxes(&weight.rows()?.as_slice(), weight.k(), LONG_QKV.map(long_qkv::Layout::box_rows).to_vec())
+        }
         Mapped::LongGateUpInput(x, width) => Ok(vec![encode_rows(device, &x, width, long::TOKENS)?]),
+        Mapped::LongResidualInput(x, width) => Ok(vec![encode_rows(device, &x, width, residual_tiles::TOKENS)?]),
+        Mapped::LongResidual(weight) => {
+            let box_rows = LONG_RESIDUAL.map(residual_tiles::Layout::box_rows).to_vec();
+            in_boxes(&weight.rows()?.as_slice(), weight.k(), box_rows)
+        }
         Mapped::LongGateUp(weight) => {
             let (rows, width) = (weight.rows()?.as_slice(), weight.k());
             let woven = |layout: long::Layout| {

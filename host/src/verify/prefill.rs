@@ -9,8 +9,8 @@ use crate::ops::{self, PAGE};
 /// A step that is compared: its rows, and how many prompts share them.
 pub(super) type Shape = (usize, usize);
 
-/// Of the quick check, which a server makes before it serves.
-pub(super) const QUICK: [Shape; 3] = [(100, 3), (1000, 1), (1500, 1)];
+/// Of the quick check, which a server makes before it serves: all tiles of long prefills.
+pub(super) const QUICK: [Shape; 4] = [(100, 3), (1000, 1), (1500, 1), (2100, 1)];
 
 /// Of the full check: both sides of buckets' boundaries.
 pub(super) const FULL: [Shape; 19] = [

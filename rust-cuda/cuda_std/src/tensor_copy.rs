@@ -60,6 +60,22 @@ pub fn arrive_at(barriers: &Barriers, index: usize, rank: u32) {
     }
 }
 
+/// Says that copies will follow from this map: the first one waits for its description otherwise.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub fn prefetch_map(map: &In<'_, u64>) {
+    #[cfg(all(target_arch = "nvptx64", target_feature = "sm_90"))]
+    // SAFETY: a hint about memory that is there.
+    unsafe {
+        core::arch::asm!("prefetch.tensormap [{}];", in(reg64) map.address_unchecked(0), options(nostack));
+    }
+    #[cfg(not(all(target_arch = "nvptx64", target_feature = "sm_90")))]
+    {
+        let _ = map;
+        bulk::unsupported()
+    }
+}
+
 macro_rules! copies {
     ($($(#[$doc:meta])* $name:ident, $dimensions:literal, [$($at:ident)*];)*) => {$(
         $(#[$doc])*
